@@ -1,0 +1,49 @@
+"""Random states depend on their place alone, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from trellis import seeding
+
+
+def draw():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_a_scope_gives_the_same_numbers_every_time_and_restores_what_was():
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    undisturbed = [draw() for _ in range(2)]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    first = draw()
+    with seeding.scoped(1, "round", 2):
+        inside = draw()
+    assert [first, draw()] == undisturbed
+    with seeding.scoped(1, "round", 2):
+        assert draw() == inside
+    with seeding.scoped(1, "round", 3):
+        assert draw() != inside
+
+
+def test_a_scope_is_left_on_errors_too():
+    before = random.getstate()
+    try:
+        with seeding.scoped("x"):
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert random.getstate() == before
+
+
+def test_parts_do_not_run_into_one_another():
+    assert len({seeding.derive("a", "b"), seeding.derive("ab"), seeding.derive(1, 2), seeding.derive("1", 2)}) == 4
+
+
+def test_generators_agree_with_their_seed():
+    assert seeding.numpy_generator(1, "a").integers(1 << 30) == seeding.numpy_generator(1, "a").integers(1 << 30)
+    same = torch.equal(
+        torch.randperm(9, generator=seeding.torch_generator(1)), torch.randperm(9, generator=seeding.torch_generator(1))
+    )
+    assert same
