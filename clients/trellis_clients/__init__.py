@@ -1,0 +1,1 @@
+"""The edge side of Trellis: what a client does with its data."""

@@ -1,0 +1,157 @@
+"""The edge side as a plain Flower ``ClientApp``: it runs on any grid of ours and under ``flwr run``."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from trellis import records, scenario, seeding
+from trellis.errors import ScenarioError
+
+from trellis_clients import client_state
+from trellis_clients.site import Cell, Site
+
+MODS = {"fixedclipping": fixedclipping_mod, "adaptiveclipping": adaptiveclipping_mod}
+"""Client-side mods that a strategy may ask for (fact ``client_mods``)."""
+
+CELL = "cell"
+"""Key of a message's config that says which cell of an experiment it belongs to."""
+
+
+class Sites:
+    """The sites of this process. Only the latest is kept: one model per worker."""
+
+    def __init__(self, cells: Mapping[str, Cell]) -> None:
+        self.cells = dict(cells)
+        self.live: OrderedDict[str, Site] = OrderedDict()
+
+    def get(self, name: str) -> Site:
+        """Return the live site of a cell, building it if another cell was live before."""
+        if name not in self.live:
+            self.live.clear()
+            self.live[name] = Site(self.cells[name])
+        return self.live[name]
+
+
+def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None) -> ClientApp:
+    """Return the client app for the cells of an experiment.
+
+    Args:
+        cells: by name; without any, the scenario comes from Flower's run config when a message arrives.
+        sites: live sites to share with a central evaluation in the same process.
+    """
+    known = sites or Sites(cells or {})
+    app = ClientApp(mods=[_strategy_mods(known)])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _serve(known, message, context, "train", Site.train, keeps=True)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _serve(known, message, context, "evaluate", Site.evaluate)
+
+    @app.query("bare")
+    def bare(message: Message, context: Context) -> Message:
+        return _serve(known, message, context, "train", Site.bare)
+
+    return app
+
+
+@dataclass(frozen=True)
+class AppFactory:
+    """Makes the client app of an experiment inside a worker process."""
+
+    cells: Mapping[str, Cell]
+
+    def __call__(self) -> ClientApp:
+        return make_app(self.cells)
+
+
+def _serve(
+    sites: Sites,
+    message: Message,
+    context: Context,
+    phase: str,
+    work: Callable[[Site, Any, dict[str, Any]], RecordDict],
+    keeps: bool = False,
+) -> Message:
+    """Do one turn under its own random state, with the client's private state at hand."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    site = _site(sites, message, context)
+    client = int(context.node_config["partition-id"])
+    state = client_state.unpack(context.state, site.device)
+    turn = site.turn(message, client, phase)
+    with seeding.scoped(site.seed, phase, turn.round, client, "global"):
+        content = work(site, turn, state)
+    if keeps:
+        kept = client_state.pack(state)
+        for name in (client_state.ARRAYS, client_state.VALUES):
+            context.state.pop(name, None)
+        for name, record in kept.items():
+            context.state[name] = record
+    content[records.TIMING] = ConfigRecord(
+        {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    )
+    return Message(content, reply_to=message)
+
+
+def _site(sites: Sites, message: Message, context: Context) -> Site:
+    config = message.content.config_records.get(records.CONFIG, ConfigRecord())
+    name = str(config.get(CELL, ""))
+    if not sites.cells:
+        sites.cells[name] = cell_from(context)
+    return sites.get(name if name in sites.cells else next(iter(sites.cells)))
+
+
+def cell_from(context: Context) -> Cell:
+    """Return the cell that Flower's run config describes: ``scenario`` (a path) and ``seed``.
+
+    Raises:
+        ScenarioError: the run config names no scenario.
+    """
+    text = str(context.run_config.get("scenario", ""))
+    if not text:
+        raise ScenarioError("scenario-missing", "the Flower run config has no key 'scenario' with the path of a file")
+    loaded = scenario.load(Path(text))
+    return Cell(scenario.plain(loaded), int(context.run_config.get("seed", loaded.seeds[0])))
+
+
+def _strategy_mods(sites: Sites) -> Callable[..., Message]:
+    """Return a mod that runs the mods the scenario's strategy declares, e.g. client-side clipping."""
+
+    def apply(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        call = call_next
+        for name in reversed(_site(sites, message, context).client_mods):
+            call = _bind(MODS[name], call)
+        return call(message, context)
+
+    return apply
+
+
+def _bind(mod: Callable[..., Message], call: Callable[[Message, Context], Message]) -> Callable[..., Message]:
+    return lambda message, context: mod(message, context, call)
+
+
+class Evaluator:
+    """The cloud's use of a trainer: initial arrays and central evaluation, by the same code as the clients'."""
+
+    def __init__(self, sites: Sites, name: str) -> None:
+        self.site = sites.get(name)
+
+    def initial(self) -> Any:
+        return self.site.initial()
+
+    def __call__(self, number: int, arrays: Any) -> dict[str, float] | None:
+        return self.site.evaluate_centrally(arrays, number)
+
+
+app = make_app()
+"""The app that ``flwr run`` loads; it reads its scenario from the run config."""

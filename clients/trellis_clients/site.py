@@ -1,0 +1,256 @@
+"""One live trainer and model per process, and what a message asks them to do.
+
+A worker walks through many clients. It keeps one model and copies parameters in place; nothing is built
+per client. Everything a turn could leave behind in the model is put back before the next turn.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from trellis import records, registry, scenario, seeding
+from trellis.data.base import DataSet, Federation
+from trellis.errors import DataError, PluginError, TrellisError
+from trellis.scenario import Scenario
+
+from trellis_clients import batchnorm
+from trellis_clients.trainer import Metrics, State, Task, Trainer, Turn, in_order
+
+BATCH_NORM = "trellis.batch-norm"
+"""Key of a client's state that holds its own batch-norm layers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one scenario under one seed: all that a worker needs to know to be any of its clients.
+
+    ``parts`` and ``test_parts`` are the partition as the driver dealt it; without them the worker deals again.
+    """
+
+    scenario: Mapping[str, Any]
+    seed: int
+    parts: Sequence[NDArray[np.int64]] | None = None
+    test_parts: Sequence[NDArray[np.int64]] | None = None
+
+
+class Site:
+    """The live objects of a cell: data, trainer and one model."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.scenario = Scenario.model_validate(cell.scenario)
+        self.seed = cell.seed
+        self.device = pick_device(self.scenario.runtime.device)
+        if self.scenario.runtime.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.federation = self._federation(cell)
+        self.trainer = self._trainer()
+        with seeding.scoped(self.seed, "build"):
+            self.model = self._built().to(self.device)
+        self.names = list(self._shared())
+        strategy = registry.load("strategies", self.scenario.strategy.name, base=self.scenario.folder)
+        self.client_mods: tuple[str, ...] = registry.info_of(strategy).facts.get("client_mods", ())
+        self.pristine = self._snapshot()
+
+    def _federation(self, cell: Cell) -> Federation:
+        from trellis.data.loading import load_data, load_federation
+
+        if cell.parts is None or cell.test_parts is None:
+            federation = load_federation(self.scenario, self.seed)
+            return replace(federation, data=federation.data.to(self.device))
+        data: DataSet = load_data(self.scenario, self.seed)
+        return Federation(data.to(self.device), cell.parts, cell.test_parts)
+
+    def _trainer(self) -> Trainer:
+        data = self.federation.data
+        model_cls, model_config = scenario.config_of(self.scenario, "models")
+        cls, config = scenario.config_of(self.scenario, "trainers")
+        takes = registry.info_of(cls).facts.get("takes")
+        if takes is not None and data.kind not in takes:
+            raise DataError(
+                "scenario-data-kind",
+                f"trainer {self.scenario.trainer.name!r} takes {', '.join(takes)} data; these are {data.kind!r}",
+            )
+        task = Task(
+            kind=data.kind,
+            shape=data.example_shape,
+            classes=data.classes,
+            facts=data.facts,
+            model=lambda: model_cls(model_config).build(data.example_shape, data.num_classes, data.facts),
+            seed=self.seed,
+            device=self.device,
+        )
+        trainer = cls(config, task)
+        if not isinstance(trainer, Trainer):
+            raise PluginError("plugin-contract", f"trainer {self.scenario.trainer.name!r} is not a Trainer subclass")
+        return trainer
+
+    def _built(self) -> nn.Module:
+        model = self.trainer.build()
+        if not isinstance(model, nn.Module):
+            raise PluginError(
+                "plugin-contract",
+                f"trainer {self.scenario.trainer.name!r}: build() returned {type(model).__name__}, not an nn.Module",
+            )
+        return model
+
+    def _shared(self) -> dict[str, Tensor]:
+        shared = self.trainer.shared(self.model)
+        if not isinstance(shared, dict) or not all(isinstance(v, Tensor) for v in shared.values()):
+            raise PluginError(
+                "plugin-contract",
+                f"trainer {self.scenario.trainer.name!r}: shared() must return a dict of names and tensors",
+            )
+        return shared
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """Copy whatever a turn may change and the cloud does not send: private trained tensors and buffers."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {
+            name: tensor.clone()
+            for name, tensor in self.model.state_dict().items()
+            if name not in self.names and name not in frozen
+        }
+
+    # -- a turn ---------------------------------------------------------------------------------------
+
+    def initial(self) -> ArrayRecord:
+        """Return the arrays every run of this cell starts from."""
+        return records.array_record({name: _numpy(tensor) for name, tensor in self._shared().items()})
+
+    def turn(self, message: Message, client: int, phase: str) -> Turn:
+        """Return the turn that a message stands for."""
+        config = dict(message.content.config_records.get(records.CONFIG, ConfigRecord()))
+        number = int(config.get("server-round", 0))  # type: ignore[arg-type]
+        return Turn(
+            round=number,
+            num_rounds=int(config.get("num-rounds", self.scenario.rounds.count)),  # type: ignore[arg-type]
+            client=client,
+            num_clients=self.federation.num_clients,
+            generator=seeding.torch_generator(self.seed, phase, number, client),
+            config=config,
+            received={
+                name: {key: self._tensor(records.view(array)) for key, array in record.items()}
+                for name, record in message.content.array_records.items()
+            },
+        )
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        """Return received values as a tensor; on the CPU it shares their memory, which nobody may write to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(values).to(self.device)
+
+    def load(self, arrays: Mapping[str, Tensor], state: State) -> None:
+        """Put the model into the state of one client at the start of its turn."""
+        if self.pristine:
+            with torch.no_grad():
+                live = self.model.state_dict()
+                for name, values in {**self.pristine, **state.get(BATCH_NORM, {})}.items():
+                    live[name].copy_(values)
+        self.trainer.load_shared(self.model, arrays)
+
+    def train(self, turn: Turn, state: State) -> RecordDict:
+        """Train one client; return the reply's records and leave what the client keeps in ``state``."""
+        data = self.federation.client(turn.client)
+        self.load(turn.received[records.ARRAYS], state)
+        metrics = self.trainer.fit(self.model, data, state, turn)
+        if self.scenario.trainer.params.get("batch_norm") == "local":
+            live = self.model.state_dict()
+            state[BATCH_NORM] = {name: live[name].clone() for name in batchnorm.private_names(self.model, "local")}
+        arrays = {records.ARRAYS: self._shared(), **turn.reply}
+        return _reply(metrics, len(data.train), arrays)
+
+    def evaluate(self, turn: Turn, state: State) -> RecordDict:
+        """Evaluate the received model on one client's own test split."""
+        data = self.federation.client(turn.client)
+        if not len(data.test):
+            raise DataError("client-no-test", f"client {turn.client} holds no test examples")
+        self.load(turn.received[records.ARRAYS], state)
+        if self.scenario.trainer.params.get("batch_norm") == "recalibrate":
+            size = self.scenario.evaluation.batch_size
+            batchnorm.recalibrate(self.model, (batch.x for batch in in_order(data.train, size)))
+        metrics = self.trainer.evaluate(self.model, data.test, turn, self.scenario.evaluation.batch_size)
+        return _reply(metrics, len(data.test), {})
+
+    def evaluate_centrally(self, arrays: ArrayRecord, number: int) -> Metrics | None:
+        """Evaluate a global model on the held-out set; None where the data set holds none out."""
+        test = self.federation.data.test
+        if not len(test):
+            return None
+        with seeding.scoped(self.seed, "central", number):
+            content = RecordDict({records.ARRAYS: arrays})
+            turn = Turn(
+                round=number,
+                num_rounds=self.scenario.rounds.count,
+                client=-1,
+                num_clients=self.federation.num_clients,
+                generator=seeding.torch_generator(self.seed, "central", number),
+                received={k: {n: self._tensor(records.view(a)) for n, a in r.items()} for k, r in content.array_records.items()},
+            )
+            self.load(turn.received[records.ARRAYS], {})
+            size = self.scenario.evaluation.batch_size
+            if self.scenario.trainer.params.get("batch_norm", "average") == "average":
+                return self.trainer.evaluate(self.model, test, turn, size)
+            # The clients keep the statistics, so the cloud has none to normalise with but the batch's own.
+            with batchnorm.batch_statistics(self.model):
+                return self.trainer.evaluate(self.model, test, turn, size)
+
+    def bare(self, turn: Turn, state: State) -> RecordDict:
+        """Time the bare steps of a turn: forward, backward, update, and nothing else.
+
+        Same weights, same batches, already gathered; the result is thrown away. What the turn would have
+        kept is not kept. This is the denominator of the framework's overhead.
+        """
+        data = self.federation.client(turn.client)
+        self.load(turn.received[records.ARRAYS], state)
+        trainer, model = self.trainer, self.model
+        batches = list(trainer.batches(data.train, turn))
+        optimizer = trainer.optimizer(model, turn)
+        model.train()
+        self.synchronise()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            trainer.loss(model, batch, turn).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        self.synchronise()
+        seconds = {"bare_s": time.perf_counter() - wall, "bare_cpu_s": time.process_time() - cpu}
+        return _reply(seconds, max(len(data.train), 1), {})
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock read next to it means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device a scenario asks for; ``auto`` is CUDA where this process sees one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrellisError("no-cuda", "runtime.device is 'cuda', but torch sees no CUDA device in this process")
+    return torch.device(name)
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    """Copy a live tensor out of the model."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def _reply(metrics: Metrics, num_examples: int, arrays: Mapping[str, Mapping[str, Tensor]]) -> RecordDict:
+    if not isinstance(metrics, dict) or not all(isinstance(v, int | float) for v in metrics.values()):
+        raise PluginError("plugin-contract", f"a trainer must return metrics as a dict of numbers, not {metrics!r:.80}")
+    content = RecordDict()
+    for name, tensors in arrays.items():
+        content[name] = records.array_record({key: _numpy(tensor) for key, tensor in tensors.items()})
+    content[records.METRICS] = MetricRecord({"num-examples": num_examples, **metrics})
+    return content

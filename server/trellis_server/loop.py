@@ -1,0 +1,317 @@
+"""The round, written once: configure, send, screen, fold, aggregate, evaluate, checkpoint.
+
+The steps are those of Flower's ``Strategy.start``. What Flower's own loop lacks and this one has: a quorum,
+replies in a fixed order, resume, a random state that depends on seed and round alone, and figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from trellis import flower, records, seeding
+from trellis.errors import RoundError
+from trellis.grids.base import ClientGrid, StreamGrid, innermost
+from trellis.grids.screened import Screened
+from trellis.grids.traced import ReplyTrace, Traced
+from trellis.runs import CellFolder, read_lines
+from trellis.scenario import Scenario
+
+from trellis_server import checkpoint, folding, strategy_state
+from trellis_server.probe import Probe, probe_rounds
+
+WEIGHT = "num-examples"
+
+
+class Evaluate(Protocol):
+    """Central evaluation: round number and global arrays in, metrics out, or None where nothing is held out."""
+
+    def __call__(self, number: int, arrays: ArrayRecord) -> dict[str, float] | None: ...
+
+
+@dataclass
+class Phases:
+    """Wall and CPU seconds of the parts of a round."""
+
+    wall: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
+            self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
+
+    def totals(self) -> dict[str, Any]:
+        """Return the keys of a metrics line that are about time."""
+        return {
+            "seconds": sum(self.wall.values()),
+            "cpu_seconds": sum(self.cpu.values()),
+            "phases": dict(self.wall),
+        }
+
+
+@dataclass
+class Loop:
+    """Runs one cell: one scenario under one seed.
+
+    Args:
+        scenario: complete, without variants.
+        seed: of this cell.
+        strategy: any Flower strategy.
+        grid: clients, with the layers ``Traced(Screened(Ordered(...)))`` around them.
+        evaluate: central evaluation.
+        folder: where figures and checkpoints go.
+        cell: name that tells workers which cell a message belongs to.
+        on_round: called with each line of ``metrics.jsonl``.
+    """
+
+    scenario: Scenario
+    seed: int
+    strategy: Strategy
+    grid: StreamGrid
+    evaluate: Evaluate
+    folder: CellFolder
+    cell: str
+    on_round: Callable[[dict[str, Any]], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        layers = list(_layers(self.grid))
+        self.traced = next((layer for layer in layers if isinstance(layer, Traced)), None)
+        self.screened = next((layer for layer in layers if isinstance(layer, Screened)), None)
+        inner = innermost(self.grid)
+        self.clients = inner if isinstance(inner, ClientGrid) else None
+        self.rows: list[dict[str, Any]] = []
+        self.round = 0
+        if self.traced:
+            self.traced.on_reply = self._row
+
+    # -- the run --------------------------------------------------------------------------------------
+
+    def run(self, initial: ArrayRecord) -> ArrayRecord:
+        """Run all rounds, from the folder's checkpoint if there is one. Returns the final arrays.
+
+        Raises:
+            RoundError: a round ended below its quorum, or would have made the model non-finite. The folder
+                then holds the last complete round.
+        """
+        self.arrays = initial
+        snapshot = checkpoint.load(self.folder.checkpoint)
+        start = 1 if snapshot is None else snapshot.round + 1
+        self.board = self.folder.tensorboard(purge_step=None if snapshot is None else start)
+        try:
+            if snapshot is None:
+                self.folder.keep_until(-1)
+                self._first()
+            else:
+                self._restore(snapshot)
+            probed = probe_rounds(self.scenario.probe, self.scenario.rounds.count)
+            for number in range(start, self.scenario.rounds.count + 1):
+                self.round = number
+                self._round(number, number in probed)
+        finally:
+            self.board.close()
+        return self.arrays
+
+    def _first(self) -> None:
+        phases = Phases()
+        central = self._central(0, phases) if self.scenario.evaluation.central_every else None
+        self._finish({"round": 0, "central": central, "train": None, "federated": None, "probe": None}, phases)
+
+    def _round(self, number: int, probed: bool) -> None:
+        phases = Phases()
+        messages = self._configure(number, phases)
+        train = self._train(number, messages, phases)
+        probe = None
+        if probed and self.clients is not None:
+            probe = Probe(self.clients, self.scenario.rounds.deadline_s).measure(messages, phases.wall, phases.cpu)
+        del messages  # they hold the previous model
+        last = number == self.scenario.rounds.count
+        evaluation = self.scenario.evaluation
+        federated = central = None
+        if evaluation.federated_every and (last or number % evaluation.federated_every == 0):
+            federated = self._federated(number, phases)
+        if evaluation.central_every and (last or number % evaluation.central_every == 0):
+            central = self._central(number, phases)
+        self._finish(
+            {"round": number, "central": central, "train": train, "federated": federated, "probe": probe}, phases
+        )
+
+    # -- the parts of a round -------------------------------------------------------------------------
+
+    def _config(self) -> ConfigRecord:
+        return ConfigRecord({"num-rounds": self.scenario.rounds.count, "cell": self.cell})
+
+    def _configure(self, number: int, phases: Phases) -> list[Message]:
+        with phases("sample"), seeding.scoped(self.seed, "configure-train", number):
+            return list(self.strategy.configure_train(number, self.arrays, self._config(), self.grid))
+
+    def _train(self, number: int, messages: list[Message], phases: Phases) -> dict[str, Any] | None:
+        count = Count()
+        with phases("train"):
+            replies: Any = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
+            replies = folding.fold(replies, WEIGHT) if folding.folds(self.strategy) else list(replies)
+        self._check_quorum(number, len(messages), count)
+        with phases("aggregate"), seeding.scoped(self.seed, "aggregate-train", number):
+            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            if arrays is not None:
+                arrays = records.live(arrays, like=self.arrays)
+                self._check_finite(number, arrays)
+                self.arrays = arrays
+        return _numbers(metrics)
+
+    def _check_quorum(self, number: int, cohort: int, count: Count) -> None:
+        needed = math.ceil(self.scenario.rounds.quorum * cohort)
+        if count.good < needed:
+            reasons = "; ".join(f"client {client}: {reason}" for client, reason in count.failures[:5])
+            more = f" and {len(count.failures) - 5} more" if len(count.failures) > 5 else ""
+            raise RoundError(
+                "quorum-missed",
+                f"round {number}: {count.good} of {cohort} replies counted, {needed} were needed "
+                f"(rounds.quorum {self.scenario.rounds.quorum:g}). {reasons}{more}",
+            )
+
+    def _check_finite(self, number: int, arrays: ArrayRecord) -> None:
+        for name, array in arrays.items():
+            if array.dtype.startswith("float") and not np.isfinite(records.view(array)).all():
+                raise RoundError(
+                    "model-nonfinite",
+                    f"round {number}: strategy {self.scenario.strategy.name!r} made {name} non-finite from finite "
+                    "replies; the model of the round before is kept",
+                )
+
+    def _federated(self, number: int, phases: Phases) -> dict[str, Any] | None:
+        with phases("evaluate"):
+            with seeding.scoped(self.seed, "configure-evaluate", number):
+                messages = list(self.strategy.configure_evaluate(number, self.arrays, self._config(), self.grid))
+            replies = list(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
+            with seeding.scoped(self.seed, "aggregate-evaluate", number):
+                return _numbers(self.strategy.aggregate_evaluate(number, replies))
+
+    def _central(self, number: int, phases: Phases) -> dict[str, Any] | None:
+        with phases("central"):
+            return self.evaluate(number, self.arrays)
+
+    # -- what is kept ---------------------------------------------------------------------------------
+
+    def _row(self, trace: ReplyTrace) -> None:
+        norm, cosine = (None, None)
+        if self.screened is not None:
+            norm, cosine = self.screened.measured.pop(trace.message_id, (None, None))
+        self.rows.append(
+            {
+                "round": self.round,
+                "phase": trace.phase,
+                "client": trace.client,
+                "ok": trace.ok,
+                "metrics": trace.metrics,
+                "seconds": trace.seconds,
+                "bytes_up": trace.bytes_up,
+                "norm": norm,
+                "cosine": cosine,
+                "reason": trace.reason,
+            }
+        )
+
+    def _finish(self, line: dict[str, Any], phases: Phases) -> None:
+        """Write the round down: client rows, then the checkpoint, then the line that says it is done."""
+        trained = [row for row in self.rows if row["phase"] == "train"]
+        failures = [row for row in self.rows if not row["ok"]]
+        traffic = self.traced.take() if self.traced else None
+        line |= {
+            "bytes_down": traffic.bytes_down if traffic else 0,
+            "bytes_up": traffic.bytes_up if traffic else 0,
+            "cohort": len(trained),
+            "replies": sum(row["ok"] for row in trained),
+            "failures": [{key: row[key] for key in ("client", "phase", "reason")} for row in failures],
+        }
+        with phases("report"):
+            self.folder.append("clients.jsonl", self.rows)
+            self._to_board(line)
+        self.rows = []
+        number = line["round"]
+        line |= phases.totals()
+        if number % self.scenario.checkpoint.every == 0 or number == self.scenario.rounds.count:
+            with phases("checkpoint"):
+                checkpoint.save(self.folder.checkpoint, self._snapshot(line), self.scenario.checkpoint.keep)
+        line |= phases.totals()
+        self.folder.append("metrics.jsonl", [line])
+        self.on_round(line)
+
+    def _to_board(self, line: dict[str, Any]) -> None:
+        for group in ("central", "train", "federated"):
+            for name, value in (line[group] or {}).items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{group}/{name}", value, line["round"])
+        for name in ("bytes_up", "bytes_down", "replies"):
+            self.board.add_scalar(f"round/{name}", line[name], line["round"])
+
+    def _snapshot(self, line: dict[str, Any]) -> checkpoint.Snapshot:
+        tensors, values = strategy_state.capture(self.strategy)
+        states, changed = (self.clients.states, self.clients.changed) if self.clients else ({}, set())
+        snapshot = checkpoint.Snapshot(
+            round=line["round"],
+            arrays=self.arrays,
+            strategy=records.array_record(tensors),
+            values={
+                "strategy": values,
+                "gate": self.screened.state() if self.screened else None,
+                "line": line,
+            },
+            clients=dict(states),
+            changed=set(changed),
+        )
+        changed.clear()
+        return snapshot
+
+    def _restore(self, snapshot: checkpoint.Snapshot) -> None:
+        self.arrays = snapshot.arrays
+        tensors = {name: array.numpy() for name, array in snapshot.strategy.items()}
+        strategy_state.restore(self.strategy, tensors, snapshot.values["strategy"])
+        if self.screened and snapshot.values["gate"]:
+            self.screened.load_state(snapshot.values["gate"])
+        if self.clients:
+            self.clients.states = dict(snapshot.clients)
+            self.clients.changed = set()
+        self.folder.keep_until(snapshot.round)
+        written = read_lines(self.folder.path / "metrics.jsonl")
+        if not written or written[-1]["round"] < snapshot.round:
+            # The process died between the checkpoint and the line; the checkpoint holds the line too.
+            self.folder.append("metrics.jsonl", [snapshot.values["line"]])
+        self.round = snapshot.round
+
+
+@dataclass
+class Count:
+    """Counts replies as they pass, so that none need be held for it."""
+
+    good: int = 0
+    failures: list[tuple[int, str]] = field(default_factory=list)
+
+    def __call__(self, replies: Iterator[Message]) -> Iterator[Message]:
+        for reply in replies:
+            if reply.has_error():
+                self.failures.append((flower.client_of(reply.metadata.src_node_id), reply.error.reason or "no reason"))
+            else:
+                self.good += 1
+            yield reply
+
+
+def _layers(grid: Any) -> Iterator[Any]:
+    while grid is not None:
+        yield grid
+        grid = getattr(grid, "inner", None)
+
+
+def _numbers(metrics: MetricRecord | None) -> dict[str, Any] | None:
+    return None if metrics is None else dict(metrics)
