@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,6 +34,8 @@ COMPONENTS = {
     "strategies": "strategy",
 }
 """Plug-in groups and the keys of the scenario that name them."""
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -306,9 +308,14 @@ def with_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
 def from_mapping(raw: Mapping[str, Any], source: str = "scenario") -> Scenario:
     """Build a ``Scenario`` from plain data, turning the first validation error into one line."""
     try:
-        return Scenario.model_validate(raw)
+        return validated(Scenario, raw)
     except ValidationError as error:
         raise ScenarioError("scenario-invalid", f"{source}: {explain(error, Scenario)}") from None
+
+
+def validated(model: type[ModelT], raw: Mapping[str, Any]) -> ModelT:
+    """Validate plain data as JSON, where a list may stand for a tuple and nothing else is converted."""
+    return model.model_validate_json(json.dumps(dict(raw), default=str))
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -353,7 +360,7 @@ def config_of(scenario: Scenario, group: str) -> tuple[type, Any]:
     cls = registry.load(group, component.name, base=scenario.folder)
     model: type[BaseModel] = cls.Config
     try:
-        return cls, model.model_validate(component.params)
+        return cls, validated(model, component.params)
     except ValidationError as error:
         raise ScenarioError("scenario-invalid", explain(error, model, COMPONENTS[group])) from None
 

@@ -1,0 +1,273 @@
+"""The command line. Every command checks its input first and says in one line what is wrong.
+
+Heavy libraries are imported inside the commands: ``trellis --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trellis.errors import TrellisError, listed, nearest
+
+app = typer.Typer(
+    name="trellis",
+    help="Federated and edge-cloud learning from one scenario file, simulated or deployed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+new_app = typer.Typer(help="Write a working start for something of your own.", no_args_is_help=True)
+app.add_typer(new_app, name="new")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Root = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="TRELLIS_RUNS")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. --set trainer.lr=0.1", metavar="KEY=VALUE")]
+File = Annotated[Path, typer.Argument(help="scenario file", show_default=False)]
+RUNS = Path("runs")
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="show the full traceback of an error")] = False,
+) -> None:
+    global _traceback
+    _traceback = traceback
+
+
+_traceback = False
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="scenario file", show_default=False)] = None,
+    set_: Set = None,
+    resume: Annotated[str | None, typer.Option(help="continue a run: its folder, name/time, or 'latest'")] = None,
+    runs: Root = RUNS,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print only where the report is")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object a line")] = False,
+) -> None:
+    """Run a scenario, all its variants and seeds, and write a report."""
+    from trellis import scenario
+    from trellis.runs import Run, resolve
+
+    if (file is None) == (resume is None):
+        raise TrellisError("usage", "give either a scenario file or --resume RUN")
+    if file is not None:
+        loaded = scenario.load(file, set_ or [])
+        current = Run.create(runs, loaded)
+    else:
+        assert resume is not None
+        if set_:
+            raise TrellisError("usage", "--set cannot be used with --resume: a resumed run is the run it was")
+        current = Run.open(resolve(resume, runs))
+        scenario.check(current.scenario)
+    raise typer.Exit(_execute(current, quiet, json_))
+
+
+def _execute(current: Any, quiet: bool, as_json: bool) -> int:
+    from trellis import experiment, report
+    from trellis.progress import JsonLines, Live, Quiet
+
+    show: Any = JsonLines(sys.stdout) if as_json else Quiet() if quiet else Live(out, current)
+    try:
+        with show:
+            outcome = experiment.execute(current, show.hooks())
+    finally:
+        page = report.build(current.path)
+    if as_json:
+        sys.stdout.write(json.dumps({"run": str(current.path), "report": str(page), "failed": len(outcome.failed)}) + "\n")
+    elif quiet:
+        out.print(str(page), markup=False)
+    else:
+        show.summary(outcome)
+        out.print(f"\nReport: [bold]{page}[/bold]")
+    for name, failure in outcome.failed.items():
+        err.print(f"{name}: {failure}", markup=False)
+    if outcome.failed and not quiet and not as_json:
+        err.print(f"Continue with: trellis run --resume {current.path}", markup=False)
+    return 1 if outcome.failed else 0
+
+
+@app.command()
+def validate(file: File, set_: Set = None) -> None:
+    """Check a scenario file: keys, types, names, parameters, and that the parts fit one another."""
+    from trellis import scenario
+
+    loaded = scenario.load(file, set_ or [])
+    cells = len(scenario.expand(loaded)) * len(loaded.seeds)
+    out.print(f"{file}: valid. {cells} cell{'s' * (cells != 1)} of {loaded.rounds.count} rounds.", markup=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of scenario files, for editors."""
+    from trellis import scenario
+
+    sys.stdout.write(json.dumps(scenario.schema(), indent=2) + "\n")
+
+
+@app.command()
+def doctor(file: File, set_: Set = None) -> None:
+    """Does this scenario fit this machine? Checks before the first round; exit status 1 if not."""
+    from trellis import scenario
+    from trellis.doctor import examine
+
+    findings = examine(scenario.load(file, set_ or []))
+    marks = {"ok": "[green]ok[/green]  ", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+    for finding in findings:
+        out.print(f"{marks[finding.level]}  {finding.subject:<12} {finding.text}")
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command("runs")
+def runs_(runs: Root = RUNS) -> None:
+    """List the runs there are."""
+    from trellis import scenario
+    from trellis.runs import find, read_lines, read_status
+
+    table = Table("run", "state", "cells", "rounds", "accuracy", box=None, pad_edge=False)
+    for path in find(runs):
+        status = read_status(path)
+        cells = sorted(path.glob("cells/*"))
+        lines = [read_lines(cell / "metrics.jsonl") for cell in cells]
+        last = [line[-1] for line in lines if line]
+        central = [entry["central"]["accuracy"] for entry in last if (entry.get("central") or {}).get("accuracy") is not None]
+        planned = scenario.read(path / "scenario.yaml").rounds.count
+        table.add_row(
+            f"{path.parent.name}/{path.name}",
+            status["state"],
+            f"{sum((cell / 'summary.json').is_file() for cell in cells)}/{len(cells)}",
+            f"{min((entry['round'] for entry in last), default=0)}/{planned}",
+            f"{sum(central) / len(central):.3f}" if central else "-",
+        )
+    if table.row_count:
+        out.print(table)
+    else:
+        out.print(f"No runs under {runs}. Start one: trellis run scenarios/quickstart.yaml", markup=False)
+
+
+@app.command()
+def report(name: Annotated[str, typer.Argument(metavar="RUN")] = "latest", runs: Root = RUNS) -> None:
+    """Rebuild a run's report page."""
+    from trellis import report as pages
+    from trellis.runs import resolve
+
+    out.print(str(pages.build(resolve(name, runs))), markup=False)
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN...")],
+    runs: Root = RUNS,
+    page: Annotated[Path, typer.Option(help="where to write the page")] = Path("compare.html"),
+) -> None:
+    """Put runs side by side, in the terminal and as a page."""
+    from trellis import report as pages
+    from trellis.runs import resolve
+
+    if len(names) < 2:
+        raise TrellisError("usage", "name at least two runs to compare")
+    folders = [resolve(name, runs) for name in names]
+    rows = pages.comparison_table(folders)
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table)
+    out.print(str(pages.compare(folders, page)), markup=False)
+
+
+@app.command("list")
+def list_(group: Annotated[str, typer.Argument(help="trainers, strategies, datasets, partitioners or models")]) -> None:
+    """List the plug-ins of a kind: bundled ones and those of installed packages."""
+    from trellis import registry
+
+    group = _group(group)
+    columns = {"trainers": ("takes", "sends"), "strategies": ("merges",), "datasets": ("kind",)}.get(group, ())
+    table = Table("name", "summary", *columns, "paper", box=None, pad_edge=False)
+    for name, plugin in registry.plugins(group).items():
+        try:
+            info = registry.info_of(plugin.load())
+        except Exception as error:  # one broken third-party plug-in must not hide the others
+            table.add_row(name, f"[red]does not load: {type(error).__name__}[/red]", *("-" for _ in columns), "")
+            continue
+        facts = (info.facts.get(column, "-") for column in columns)
+        table.add_row(name, info.summary, *(f if isinstance(f, str) else ", ".join(f) for f in facts), info.paper)
+    out.print(table)
+
+
+@app.command()
+def info(group: str, name: str) -> None:
+    """Show a plug-in: what it is, its parameters with defaults, and how a scenario names it."""
+    from trellis import registry
+    from trellis.scenario import COMPONENTS
+
+    group = _group(group)
+    cls = registry.load(group, name)
+    about = registry.info_of(cls)
+    out.print(f"[bold]{about.name}[/bold]  {about.summary}")
+    if about.paper:
+        out.print(f"Paper: {about.paper}", markup=False)
+    for key, value in about.facts.items():
+        out.print(f"{key}: {value if isinstance(value, str) else ', '.join(map(str, value))}", markup=False)
+    table = Table("parameter", "type", "default", "", box=None, pad_edge=False)
+    properties = cls.Config.model_json_schema().get("properties", {})  # type: ignore[attr-defined]
+    for key, facts in properties.items():
+        kinds = facts.get("type") or " | ".join(str(k.get("type", k.get("const", "?"))) for k in facts.get("anyOf", []))
+        if "enum" in facts:
+            kinds = " | ".join(map(str, facts["enum"]))
+        table.add_row(key, kinds, json.dumps(facts.get("default")), facts.get("description", ""))
+    out.print(table)
+    example = {k: f.get("default") for k, f in properties.items() if f.get("default") is not None}
+    out.print(f"\n{COMPONENTS[group]}:\n  name: {about.name}", markup=False)
+    for key, value in list(example.items())[:4]:
+        out.print(f"  {key}: {json.dumps(value)}", markup=False)
+
+
+@new_app.command("trainer")
+def new_trainer(
+    name: Annotated[str, typer.Argument(help="e.g. my-method")],
+    folder: Annotated[Path, typer.Option(help="where to write it")] = Path(),
+) -> None:
+    """Write a trainer that works, a scenario that runs it, and its test."""
+    from trellis.templates import write_trainer
+
+    for path in write_trainer(name, folder):
+        out.print(str(path), markup=False)
+
+
+def _group(text: str) -> str:
+    from trellis.registry import GROUPS
+
+    for group in GROUPS:
+        if text in (group, group.removesuffix("s"), {"strategies": "strategy"}.get(group)):
+            return group
+    raise TrellisError("plugin-group", f"no kind of plug-in is named {text!r}.{nearest(text, GROUPS)} Known: {listed(GROUPS)}")
+
+
+def main() -> NoReturn:
+    """Run the command line; an error a user can mend is one line, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except TrellisError as error:
+        if _traceback:
+            raise
+        err.print(f"error: {error}", markup=False)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        err.print("interrupted; continue with: trellis run --resume latest", markup=False)
+        sys.exit(130)
+    sys.exit(0)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,1 @@
+"""Bundled partitioners, one per file."""
