@@ -12,9 +12,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+
 from trellis import records, scenario, seeding
 from trellis.errors import ScenarioError
-
 from trellis_clients import client_state
 from trellis_clients.site import Cell, Site
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
+
 from trellis import records
 from trellis.errors import DataError
 

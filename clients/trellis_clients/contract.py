@@ -15,11 +15,11 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
+
 from trellis import flower, records, scenario
 from trellis.data.base import Batch
 from trellis.experiment import app_module
 from trellis.grids.local import LocalGrid, client_context, run_client
-
 from trellis_clients.app import Sites, make_app
 from trellis_clients.site import Cell, Site
 from trellis_clients.trainer import Trainer, Turn, in_order

@@ -17,11 +17,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
 from trellis import records, registry, scenario, seeding
 from trellis.data.base import DataSet, Federation
 from trellis.errors import DataError, PluginError, TrellisError
 from trellis.scenario import Scenario
-
 from trellis_clients import batchnorm
 from trellis_clients.trainer import Metrics, State, Task, Trainer, Turn, in_order
 
@@ -194,7 +194,10 @@ class Site:
                 client=-1,
                 num_clients=self.federation.num_clients,
                 generator=seeding.torch_generator(self.seed, "central", number),
-                received={k: {n: self._tensor(records.view(a)) for n, a in r.items()} for k, r in content.array_records.items()},
+                received={
+                    k: {n: self._tensor(records.view(a)) for n, a in r.items()}
+                    for k, r in content.array_records.items()
+                },
             )
             self.load(turn.received[records.ARRAYS], {})
             size = self.scenario.evaluation.batch_size

@@ -28,9 +28,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from trellis.data.base import Batch, ClientData, Split
 from trellis.scenario import Strict
-
 from trellis_clients import batchnorm
 
 Metrics = dict[str, float]

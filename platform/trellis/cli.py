@@ -31,7 +31,9 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Root = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="TRELLIS_RUNS")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. --set trainer.lr=0.1", metavar="KEY=VALUE")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="override, e.g. --set trainer.lr=0.1", metavar="KEY=VALUE")
+]
 File = Annotated[Path, typer.Argument(help="scenario file", show_default=False)]
 RUNS = Path("runs")
 
@@ -75,9 +77,10 @@ def run(
 
 
 def _execute(current: Any, quiet: bool, as_json: bool) -> int:
-    from trellis import experiment, report
+    from trellis import experiment, flower, report
     from trellis.progress import JsonLines, Live, Quiet
 
+    flower.quiet()
     show: Any = JsonLines(sys.stdout) if as_json else Quiet() if quiet else Live(out, current)
     try:
         with show:
@@ -85,7 +88,9 @@ def _execute(current: Any, quiet: bool, as_json: bool) -> int:
     finally:
         page = report.build(current.path)
     if as_json:
-        sys.stdout.write(json.dumps({"run": str(current.path), "report": str(page), "failed": len(outcome.failed)}) + "\n")
+        sys.stdout.write(
+            json.dumps({"run": str(current.path), "report": str(page), "failed": len(outcome.failed)}) + "\n"
+        )
     elif quiet:
         out.print(str(page), markup=False)
     else:
@@ -142,7 +147,9 @@ def runs_(runs: Root = RUNS) -> None:
         cells = sorted(path.glob("cells/*"))
         lines = [read_lines(cell / "metrics.jsonl") for cell in cells]
         last = [line[-1] for line in lines if line]
-        central = [entry["central"]["accuracy"] for entry in last if (entry.get("central") or {}).get("accuracy") is not None]
+        central = [
+            entry["central"]["accuracy"] for entry in last if (entry.get("central") or {}).get("accuracy") is not None
+        ]
         planned = scenario.read(path / "scenario.yaml").rounds.count
         table.add_row(
             f"{path.parent.name}/{path.name}",
@@ -180,9 +187,17 @@ def compare(
         raise TrellisError("usage", "name at least two runs to compare")
     folders = [resolve(name, runs) for name in names]
     rows = pages.comparison_table(folders)
-    table = Table(*rows[0], box=None, pad_edge=False)
+    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    table = Table("run", "state", "seeds", "rounds", *metrics, "seconds", "differs in", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        cells = [row["metrics"].get(name) for name in metrics]
+        shown = [
+            f"{c['mean']:.3f}" + (f" ± {c['sd']:.3f}" if c.get("sd") is not None else "") if c else "-" for c in cells
+        ]
+        differs = ", ".join(f"{key}={value}" for key, value in row["differences"].items())
+        table.add_row(
+            row["label"], row["state"], str(row["seeds"]), str(row["rounds"]), *shown, f"{row['seconds']:.1f}", differs
+        )
     out.print(table)
     out.print(str(pages.compare(folders, page)), markup=False)
 
@@ -252,7 +267,9 @@ def _group(text: str) -> str:
     for group in GROUPS:
         if text in (group, group.removesuffix("s"), {"strategies": "strategy"}.get(group)):
             return group
-    raise TrellisError("plugin-group", f"no kind of plug-in is named {text!r}.{nearest(text, GROUPS)} Known: {listed(GROUPS)}")
+    raise TrellisError(
+        "plugin-group", f"no kind of plug-in is named {text!r}.{nearest(text, GROUPS)} Known: {listed(GROUPS)}"
+    )
 
 
 def main() -> NoReturn:

@@ -53,7 +53,9 @@ def _packages(scenario: Scenario) -> list[Finding]:
             findings.append(Finding("fail", "packages", f"{requirement.name} is missing; pip install 'trellis[train]'"))
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            findings.append(Finding("fail", "packages", f"{requirement.name} is {found}; needed {requirement.specifier}"))
+            findings.append(
+                Finding("fail", "packages", f"{requirement.name} is {found}; needed {requirement.specifier}")
+            )
     if scenario.model.name == "timm" and importlib.util.find_spec("timm") is None:
         findings.append(Finding("fail", "packages", "model 'timm' needs the package timm: pip install timm"))
     return findings or [Finding("ok", "packages", f"all {len(wanted)} requirements fit")]
@@ -96,7 +98,7 @@ def _model_mb(scenario: Scenario, shape: tuple[int, ...], num_classes: int, fact
     if not shape:
         return 0.0
     model = cls(config).build(shape, num_classes, facts)
-    return sum(t.nbytes for t in model.state_dict().values()) / 1e6
+    return float(sum(t.nbytes for t in model.state_dict().values())) / 1e6
 
 
 def _workers(scenario: Scenario) -> int:
@@ -141,7 +143,9 @@ def _disk(scenario: Scenario) -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     findings = [Finding("ok" if free > 2 else "warn", "disk", f"{free:.0f} GB free here for runs")]
     if not os.access(tempfile.gettempdir(), os.W_OK):
-        findings.append(Finding("fail", "disk", f"{tempfile.gettempdir()} is not writable; Ray keeps its session there"))
+        findings.append(
+            Finding("fail", "disk", f"{tempfile.gettempdir()} is not writable; Ray keeps its session there")
+        )
     return findings
 
 
@@ -161,5 +165,3 @@ def _address(scenario: Scenario) -> list[Finding]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return [Finding("ok", "ports", "loopback ports can be opened")]
-
-

@@ -160,7 +160,9 @@ def _grids(client: ModuleType, cells: Mapping[str, Any]) -> Iterator[Callable[[S
             grid.close()
 
 
-def _make_grid(client: ModuleType, cells: Mapping[str, Any], runtime: Runtime, num_clients: int) -> tuple[ClientGrid, Any]:
+def _make_grid(
+    client: ModuleType, cells: Mapping[str, Any], runtime: Runtime, num_clients: int
+) -> tuple[ClientGrid, Any]:
     sites = client.Sites(cells)
     if runtime.grid == "local":
         from trellis.grids.local import LocalGrid

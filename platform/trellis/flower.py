@@ -3,6 +3,7 @@
 Written for flwr 1.41. tests/platform/test_flower.py fails when a new Flower changes any of it:
 
 - a ``Message`` can be made only after ``TaskIdentity`` carries task, run and node ids;
+- a message made over from another keeps its metadata through a keyword that is not public;
 - a message's id is set by whoever transports it, through its metadata's ``__dict__``;
 - a ``Grid`` holds a ``Run``, which lives in ``flwr.supercore``;
 - Flower logs through one process-wide logger and reports use to its makers unless told not to.
@@ -14,6 +15,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable
+from typing import Any
 
 # Before Flower and Ray are imported: neither reports anything to its makers from a run of ours.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -88,4 +90,15 @@ def failure(to: Message, code: int, reason: str) -> Message:
 
 def refusal(of: Message, reason: str) -> Message:
     """Return an error in the place of a reply that was not admitted, with the same source and ids."""
-    return Message(error=Error(REFUSED, reason), metadata=of.metadata)
+    return _with_metadata(of, error=Error(REFUSED, reason))
+
+
+def with_content(of: Message, content: RecordDict) -> Message:
+    """Return a message with the same ids and addresses and other content."""
+    return _with_metadata(of, content=content)
+
+
+def _with_metadata(of: Message, **parts: RecordDict | Error) -> Message:
+    make: Any = Message  # the keyword ``metadata`` exists, but is not in the public signature
+    made: Message = make(metadata=of.metadata, **parts)
+    return made

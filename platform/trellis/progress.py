@@ -97,7 +97,9 @@ class Live(Quiet):
         """Print the final figures, one row a variant, mean and standard deviation over seeds."""
         from statistics import mean, stdev
 
-        table = Table("variant", "seeds", "accuracy", "clients' accuracy", "seconds", "overhead R", box=None, pad_edge=False)
+        table = Table(
+            "variant", "seeds", "accuracy", "clients' accuracy", "seconds", "overhead R", box=None, pad_edge=False
+        )
         variants: dict[str, list[dict[str, Any]]] = {}
         for each in outcome.summaries:
             variants.setdefault(each["variant"], []).append(each)

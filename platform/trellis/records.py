@@ -150,7 +150,8 @@ def to_bytes(content: RecordDict) -> bytes:
                 tensors[f"{number}/{position}"] = np.ascontiguousarray(view(array)).reshape(array.shape)
         else:
             rest[record_name] = {"kind": kind, "values": {k: _plain(v) for k, v in record.items()}}
-    return save(tensors, metadata={"format": FORMAT, "records": json.dumps(rest)})
+    blob: bytes = save(tensors, metadata={"format": FORMAT, "records": json.dumps(rest)})
+    return blob
 
 
 def from_bytes(blob: bytes) -> RecordDict:
@@ -178,7 +179,15 @@ def from_bytes(blob: bytes) -> RecordDict:
             else:
                 values = {k: _unplain(v) for k, v in entry["values"].items()}
                 content[record_name] = MetricRecord(values) if entry["kind"] == METRICS else ConfigRecord(values)
-    except (KeyError, ValueError, TypeError, AttributeError, struct.error, SafetensorError, UnicodeDecodeError) as error:
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        struct.error,
+        SafetensorError,
+        UnicodeDecodeError,
+    ) as error:
         raise DataError("records-damaged", f"not readable as records: {type(error).__name__}: {error}") from None
     return content
 
@@ -207,7 +216,12 @@ def _unplain(value: Any) -> Any:
 
 
 def arrays_of(content: RecordDict) -> Iterator[tuple[str, str, Array]]:
-    """Yield ``(record name, array name, array)`` for every array of a message."""
-    for record_name, record in content.array_records.items():
-        for name, array in record.items():
-            yield record_name, name, array
+    """Yield ``(record name, array name, array)`` for every array of a message.
+
+    Flower's ``content.array_records`` would tie the content into a reference cycle, which only the garbage
+    collector frees; until then the arrays of each message that was looked at would stay in memory.
+    """
+    for record_name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            for name, array in record.items():
+                yield record_name, name, array

@@ -62,9 +62,7 @@ class Plugin:
     load: Callable[[], type]
 
 
-def register(
-    group: str, name: str, *, summary: str = "", paper: str = "", **facts: Any
-) -> Callable[[ClassT], ClassT]:
+def register(group: str, name: str, *, summary: str = "", paper: str = "", **facts: Any) -> Callable[[ClassT], ClassT]:
     """Declare a class as the plug-in ``name`` of ``group``. Checks the shape of the class at once."""
     assert group in GROUPS, group
 

@@ -218,7 +218,7 @@ class _SafeLoader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: ARG002 (PyYAML calls it so)
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -358,7 +358,7 @@ def config_of(scenario: Scenario, group: str) -> tuple[type, Any]:
     """
     component = scenario.component(group)
     cls = registry.load(group, component.name, base=scenario.folder)
-    model: type[BaseModel] = cls.Config
+    model: type[BaseModel] = cls.Config  # type: ignore[attr-defined]
     try:
         return cls, validated(model, component.params)
     except ValidationError as error:
@@ -381,7 +381,7 @@ def check(scenario: Scenario) -> None:
         if pairs is not None and each.strategy.name not in pairs:
             raise ScenarioError(
                 "scenario-pairing",
-                f"trainer {each.trainer.name!r} needs one of the strategies {listed(pairs)}, not {each.strategy.name!r}",
+                f"trainer {each.trainer.name!r} needs strategy {listed(pairs)}, not {each.strategy.name!r}",
             )
         sends, merges = trainer.facts.get("sends", "weights"), strategy.facts.get("merges", "weights")
         if sends != merges:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
+
 from trellis import flower, records, seeding
 from trellis.errors import RoundError
 from trellis.grids.base import ClientGrid, StreamGrid, innermost
@@ -23,11 +24,8 @@ from trellis.grids.screened import Screened
 from trellis.grids.traced import ReplyTrace, Traced
 from trellis.runs import CellFolder, read_lines
 from trellis.scenario import Scenario
-
 from trellis_server import checkpoint, folding, strategy_state
 from trellis_server.probe import Probe, probe_rounds
-
-WEIGHT = "num-examples"
 
 
 class Evaluate(Protocol):
@@ -160,7 +158,7 @@ class Loop:
         count = Count()
         with phases("train"):
             replies: Any = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
-            replies = folding.fold(replies, WEIGHT) if folding.folds(self.strategy) else list(replies)
+            replies = folding.folded(self.strategy, replies) if folding.folds(self.strategy) else list(replies)
         self._check_quorum(number, len(messages), count)
         with phases("aggregate"), seeding.scoped(self.seed, "aggregate-train", number):
             arrays, metrics = self.strategy.aggregate_train(number, replies)
@@ -305,6 +303,7 @@ class Count:
             else:
                 self.good += 1
             yield reply
+            del reply  # or it would be held while the next one is made
 
 
 def _layers(grid: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Strategy
+
 from trellis import records
 from trellis.grids.base import StreamGrid
 from trellis.grids.ordered import Ordered
@@ -14,7 +15,6 @@ from trellis.grids.screened import Screened
 from trellis.grids.traced import Traced
 from trellis.runs import CellFolder, read_lines, write_json
 from trellis.scenario import Scenario
-
 from trellis_server.loop import Evaluate, Loop
 from trellis_server.probe import summarise
 from trellis_server.strategies import build_strategy
@@ -89,4 +89,5 @@ def _weights(arrays: ArrayRecord) -> bytes:
     import numpy as np
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(records.view(array)) for name, array in arrays.items()})
+    blob: bytes = save({name: np.ascontiguousarray(records.view(array)) for name, array in arrays.items()})
+    return blob

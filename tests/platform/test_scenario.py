@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trellis import scenario
 from trellis.errors import TrellisError
 

@@ -81,4 +81,4 @@ def _own_copy(message: Message) -> Message:
     content = RecordDict()
     for name, record in message.content.items():
         content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
-    return Message(content=content, metadata=message.metadata)
+    return flower.with_content(message, content)

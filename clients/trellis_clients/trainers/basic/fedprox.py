@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
 from trellis.data.base import Batch
 from trellis.registry import register
-
 from trellis_clients.trainer import NonNegative, Trainer, TrainerConfig, Turn
 
 

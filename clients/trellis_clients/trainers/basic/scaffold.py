@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from trellis.data.base import ClientData
 from trellis.registry import register
-
 from trellis_clients.trainer import Metrics, State, Trainer, TrainerConfig, Turn
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from trellis.registry import register
-
 from trellis_clients.trainer import Trainer, TrainerConfig
 
 
