@@ -17,6 +17,10 @@ from trellis import records, scenario, seeding
 from trellis.errors import ScenarioError
 from trellis_clients import client_state
 from trellis_clients.site import Cell, Site
+from trellis_clients.trainer import State, Turn
+
+Call = Callable[[Message, Context], Message]
+Mod = Callable[[Message, Context, Call], Message]
 
 MODS = {"fixedclipping": fixedclipping_mod, "adaptiveclipping": adaptiveclipping_mod}
 """Client-side mods that a strategy may ask for (fact ``client_mods``)."""
@@ -48,7 +52,7 @@ def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None
         sites: live sites to share with a central evaluation in the same process.
     """
     known = sites or Sites(cells or {})
-    app = ClientApp(mods=[_strategy_mods(known)])
+    app = ClientApp(mods=[_questions(known), _strategy_mods(known)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -80,7 +84,7 @@ def _serve(
     message: Message,
     context: Context,
     phase: str,
-    work: Callable[[Site, Any, dict[str, Any]], RecordDict],
+    work: Callable[[Site, Turn, State], RecordDict],
     keeps: bool = False,
 ) -> Message:
     """Do one turn under its own random state, with the client's private state at hand."""
@@ -104,7 +108,7 @@ def _serve(
 
 
 def _site(sites: Sites, message: Message, context: Context) -> Site:
-    config = message.content.config_records.get(records.CONFIG, ConfigRecord())
+    config = records.config_record(message.content, records.CONFIG)
     name = str(config.get(CELL, ""))
     if not sites.cells:
         sites.cells[name] = cell_from(context)
@@ -124,10 +128,29 @@ def cell_from(context: Context) -> Cell:
     return Cell(scenario.plain(loaded), int(context.run_config.get("seed", loaded.seeds[0])))
 
 
-def _strategy_mods(sites: Sites) -> Callable[..., Message]:
+def _questions(sites: Sites) -> Mod:
+    """Return a mod that answers every ``query.<action>`` and ``train.<action>`` which no function is registered for.
+
+    Flower routes by names that are registered beforehand; which questions there are is the trainer's to say.
+    """
+
+    def apply(message: Message, context: Context, call_next: Call) -> Message:
+        category, _, action = message.metadata.message_type.partition(".")
+        if not action or (category, action) == ("query", "bare"):
+            return call_next(message, context)
+
+        def work(site: Site, turn: Turn, state: State) -> RecordDict:
+            return site.answer(action, turn, state)
+
+        return _serve(sites, message, context, action, work, keeps=True)
+
+    return apply
+
+
+def _strategy_mods(sites: Sites) -> Mod:
     """Return a mod that runs the mods the scenario's strategy declares, e.g. client-side clipping."""
 
-    def apply(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    def apply(message: Message, context: Context, call_next: Call) -> Message:
         call = call_next
         for name in reversed(_site(sites, message, context).client_mods):
             call = _bind(MODS[name], call)
@@ -136,7 +159,7 @@ def _strategy_mods(sites: Sites) -> Callable[..., Message]:
     return apply
 
 
-def _bind(mod: Callable[..., Message], call: Callable[[Message, Context], Message]) -> Callable[..., Message]:
+def _bind(mod: Mod, call: Call) -> Call:
     return lambda message, context: mod(message, context, call)
 
 

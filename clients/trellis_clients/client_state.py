@@ -39,10 +39,10 @@ def pack(state: dict[str, Any]) -> RecordDict:
 
 def unpack(content: RecordDict, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return the state that ``pack`` made records of. Its tensors may be changed in place."""
-    if VALUES not in content.config_records:
+    if VALUES not in content:
         return {}
-    tree = json.loads(str(content.config_records[VALUES]["json"]))
-    arrays = {name: array.numpy() for name, array in content.array_records[ARRAYS].items()}
+    tree = json.loads(str(records.config_record(content, VALUES)["json"]))
+    arrays = {name: array.numpy() for name, array in records.array_records(content)[ARRAYS].items()}
     state: dict[str, Any] = _unpack(tree, arrays, torch.device(device))
     return state
 

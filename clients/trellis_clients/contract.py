@@ -73,13 +73,13 @@ def check(file: Path, overrides: Sequence[str] = ()) -> None:
 
 def _check_reply(site: Site, reply: Message) -> None:
     sent = site.initial()
-    arrays = reply.content.array_records[records.ARRAYS]
+    arrays = records.array_records(reply.content)[records.ARRAYS]
     _require(set(arrays) == set(sent), "the reply's arrays are not the names that shared() gave before")
     for name, array in arrays.items():
         same = (array.shape, array.dtype) == (sent[name].shape, sent[name].dtype)
         _require(same, f"array {name!r} changed shape or dtype")
         _require(bool(torch.isfinite(torch.from_numpy(array.numpy()).double()).all()), f"array {name!r} is not finite")
-    metrics = reply.content.metric_records[records.METRICS]
+    metrics = records.metric_records(reply.content)[records.METRICS]
     _require("loss" in metrics, "fit's metrics have no 'loss'")
     finite = all(torch.isfinite(torch.tensor(float(v))) for v in metrics.values() if not isinstance(v, list))
     _require(finite, f"metrics are not finite: {dict(metrics)}")
@@ -90,8 +90,8 @@ def _check_learns(site: Site) -> None:
     arrays, state, losses = site.initial(), RecordDict(), []
     for number in range(1, 11):
         reply, state = _fit(site, number, 0, state, arrays)
-        arrays = reply.content.array_records[records.ARRAYS]
-        losses.append(float(reply.content.metric_records[records.METRICS]["loss"]))  # type: ignore[arg-type]
+        arrays = records.array_records(reply.content)[records.ARRAYS]
+        losses.append(float(records.metric_records(reply.content)[records.METRICS]["loss"]))  # type: ignore[arg-type]
     _require(losses[-1] < losses[0], f"the loss did not fall over ten turns: {losses[0]:.4f} to {losses[-1]:.4f}")
 
 

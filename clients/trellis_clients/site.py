@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -128,7 +128,7 @@ class Site:
 
     def turn(self, message: Message, client: int, phase: str) -> Turn:
         """Return the turn that a message stands for."""
-        config = dict(message.content.config_records.get(records.CONFIG, ConfigRecord()))
+        config = dict(records.config_record(message.content, records.CONFIG))
         number = int(config.get("server-round", 0))  # type: ignore[arg-type]
         return Turn(
             round=number,
@@ -139,7 +139,7 @@ class Site:
             config=config,
             received={
                 name: {key: self._tensor(records.view(array)) for key, array in record.items()}
-                for name, record in message.content.array_records.items()
+                for name, record in records.array_records(message.content).items()
             },
         )
 
@@ -187,17 +187,14 @@ class Site:
         if not len(test):
             return None
         with seeding.scoped(self.seed, "central", number):
-            content = RecordDict({records.ARRAYS: arrays})
+            received = {name: self._tensor(records.view(array)) for name, array in arrays.items()}
             turn = Turn(
                 round=number,
                 num_rounds=self.scenario.rounds.count,
                 client=-1,
                 num_clients=self.federation.num_clients,
                 generator=seeding.torch_generator(self.seed, "central", number),
-                received={
-                    k: {n: self._tensor(records.view(a)) for n, a in r.items()}
-                    for k, r in content.array_records.items()
-                },
+                received={records.ARRAYS: received},
             )
             self.load(turn.received[records.ARRAYS], {})
             size = self.scenario.evaluation.batch_size
@@ -206,6 +203,14 @@ class Site:
             # The clients keep the statistics, so the cloud has none to normalise with but the batch's own.
             with batchnorm.batch_statistics(self.model):
                 return self.trainer.evaluate(self.model, test, turn, size)
+
+    def answer(self, action: str, turn: Turn, state: State) -> RecordDict:
+        """Answer a question of the strategy. The client may keep something of it in ``state``."""
+        data = self.federation.client(turn.client)
+        if turn.received.get(records.ARRAYS):
+            self.load(turn.received[records.ARRAYS], state)
+        metrics = self.trainer.answer(action, self.model, data, state, turn)
+        return _reply(metrics, max(len(data.train), 1), turn.reply)
 
     def bare(self, turn: Turn, state: State) -> RecordDict:
         """Time the bare steps of a turn: forward, backward, update, and nothing else.

@@ -13,6 +13,7 @@ the ordinary thing. The hooks, in the order in which a round calls them::
     shared(model)                          what crosses the wire, by name
     evaluate(model, split, turn)           the task's own metrics
     adapt(model, stream, state, turn)      unlabeled test stream in, predictions out, in order
+    answer(action, model, data, state, turn)   a question of the strategy that is not training
 
 ``state`` is a dictionary private to the client. It lives across rounds and restarts and is never sent. It
 may hold tensors, numbers, text, bytes, and dictionaries or lists of these.
@@ -137,9 +138,14 @@ class Trainer:
         return self.task.model()
 
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what crosses the wire: names and live tensors of the model, not copies."""
+        """Return what crosses the wire: names and live tensors of the model, not copies.
+
+        By default all floating-point parameters and buffers, less what ``batch_norm`` keeps on the client.
+        Integer buffers (batch norm's counters) have no average.
+        """
         private = batchnorm.private_names(model, self.config.batch_norm)
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in private}
+        state = model.state_dict()
+        return {name: v for name, v in state.items() if name not in private and v.is_floating_point()}
 
     def load_shared(self, model: nn.Module, arrays: Mapping[str, Tensor]) -> None:
         """Copy what the cloud sent into the model, in place."""
@@ -210,6 +216,19 @@ class Trainer:
         model.eval()
         for batch in stream:
             yield model(batch.x)
+
+    def answer(self, action: str, model: nn.Module, data: ClientData, state: State, turn: Turn) -> Metrics:
+        """Answer a strategy's message of type ``query.<action>`` or ``train.<action>``.
+
+        Arrays to send back (statistics, prototypes, scores) go into ``turn.reply``, records by name. By default the
+        questions in ``trellis_clients.queries`` are known to every trainer.
+
+        Raises:
+            PluginError: this trainer does not know the question.
+        """
+        from trellis_clients import queries
+
+        return queries.answer(self, action, model, data, state, turn)
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[Batch]:

@@ -215,12 +215,28 @@ def _unplain(value: Any) -> Any:
     return value
 
 
-def arrays_of(content: RecordDict) -> Iterator[tuple[str, str, Array]]:
-    """Yield ``(record name, array name, array)`` for every array of a message.
+# ``content.array_records`` and its two sisters tie the content into a reference cycle, which only the garbage
+# collector undoes; until it comes by, whole models would pile up. These three do not.
 
-    Flower's ``content.array_records`` would tie the content into a reference cycle, which only the garbage
-    collector frees; until then the arrays of each message that was looked at would stay in memory.
-    """
+
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return the ArrayRecords of a message by name."""
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+
+
+def metric_records(content: RecordDict) -> dict[str, MetricRecord]:
+    """Return the MetricRecords of a message by name."""
+    return {name: record for name, record in content.items() if isinstance(record, MetricRecord)}
+
+
+def config_record(content: RecordDict, name: str) -> ConfigRecord:
+    """Return a ConfigRecord of a message; an empty one where there is none of that name."""
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+
+
+def arrays_of(content: RecordDict) -> Iterator[tuple[str, str, Array]]:
+    """Yield ``(record name, array name, array)`` for every array of a message."""
     for record_name, record in content.items():
         if isinstance(record, ArrayRecord):
             for name, array in record.items():

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+
 from trellis import report, scenario
 from trellis.errors import GridError, ScenarioError
 from trellis.experiment import app_module
 from trellis.grids.foreign import ForeignGrid
 from trellis.runs import Run
 from trellis.scenario import Scenario
-
 from trellis_server.run import run_cell
 
 app = ServerApp()
@@ -53,9 +53,7 @@ def _run(grid: Grid, run: Run, each: Scenario, seed: int) -> None:
     evaluator = client.Evaluator(sites, folder.name)
     federation = evaluator.site.federation
     _await_nodes(grid, federation.num_clients)
-    run_cell(
-        each, folder, ForeignGrid(grid), federation.num_clients, evaluator.initial(), evaluator, lambda _: None
-    )
+    run_cell(each, folder, ForeignGrid(grid), federation.num_clients, evaluator.initial(), evaluator, lambda _: None)
 
 
 def _await_nodes(grid: Grid, wanted: int) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
 from trellis import records
 from trellis.errors import RunError
 
@@ -89,9 +90,9 @@ def load(folder: Path) -> Snapshot | None:
             continue
         return Snapshot(
             round=entry["round"],
-            arrays=content.array_records["arrays"],
-            strategy=content.array_records["strategy"],
-            values=json.loads(str(content.config_records["values"]["json"])),
+            arrays=records.array_records(content)["arrays"],
+            strategy=records.array_records(content)["strategy"],
+            values=json.loads(str(records.config_record(content, "values")["json"])),
             clients=clients,
         )
     if history:

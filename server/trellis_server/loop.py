@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -32,6 +32,19 @@ class Evaluate(Protocol):
     """Central evaluation: round number and global arrays in, metrics out, or None where nothing is held out."""
 
     def __call__(self, number: int, arrays: ArrayRecord) -> dict[str, float] | None: ...
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A strategy with one more step after the last round, e.g. a calibration of the classifier.
+
+    A strategy may also have ``attach(bench)``: it is given the cloud's use of the trainer (``bench.site`` has the
+    trainer, the model and the data) before the first round.
+    """
+
+    def finish(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: StreamGrid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord | None]: ...
 
 
 @dataclass
@@ -67,6 +80,7 @@ class Loop:
         scenario: complete, without variants.
         seed: of this cell.
         strategy: any Flower strategy.
+        fresh: the same strategy once more, never used: what differs from it is the strategy's state.
         grid: clients, with the layers ``Traced(Screened(Ordered(...)))`` around them.
         evaluate: central evaluation.
         folder: where figures and checkpoints go.
@@ -77,6 +91,7 @@ class Loop:
     scenario: Scenario
     seed: int
     strategy: Strategy
+    fresh: Strategy
     grid: StreamGrid
     evaluate: Evaluate
     folder: CellFolder
@@ -113,10 +128,14 @@ class Loop:
                 self._first()
             else:
                 self._restore(snapshot)
+            if hasattr(self.strategy, "attach"):
+                self.strategy.attach(self.evaluate)
             probed = probe_rounds(self.scenario.probe, self.scenario.rounds.count)
             for number in range(start, self.scenario.rounds.count + 1):
                 self.round = number
                 self._round(number, number in probed)
+            if isinstance(self.strategy, Finishing) and start <= self.scenario.rounds.count + 1:
+                self._last_step()
         finally:
             self.board.close()
         return self.arrays
@@ -145,6 +164,23 @@ class Loop:
             {"round": number, "central": central, "train": train, "federated": federated, "probe": probe}, phases
         )
 
+    def _last_step(self) -> None:
+        """Let the strategy do what it does once, after the last round; it is written down as one round more."""
+        assert isinstance(self.strategy, Finishing)
+        number = self.round = self.scenario.rounds.count + 1
+        phases = Phases()
+        with phases("finish"), seeding.scoped(self.seed, "finish", number):
+            arrays, metrics = self.strategy.finish(
+                number, self.arrays, self._config(), self.grid, self.scenario.rounds.deadline_s
+            )
+        arrays = records.live(arrays, like=self.arrays)
+        self._check_finite(number, arrays)
+        self.arrays = arrays
+        federated = self._federated(number, phases) if self.scenario.evaluation.federated_every else None
+        central = self._central(number, phases) if self.scenario.evaluation.central_every else None
+        line = {"round": number, "central": central, "train": None, "federated": federated, "probe": None}
+        self._finish({**line, "finish": _numbers(metrics)}, phases)
+
     # -- the parts of a round -------------------------------------------------------------------------
 
     def _config(self) -> ConfigRecord:
@@ -157,11 +193,14 @@ class Loop:
     def _train(self, number: int, messages: list[Message], phases: Phases) -> dict[str, Any] | None:
         count = Count()
         with phases("train"):
-            replies: Any = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
-            replies = folding.folded(self.strategy, replies) if folding.folds(self.strategy) else list(replies)
+            replies = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
+            # Errors are counted and named already; Flower's privacy wrappers would skip the round for one of them.
+            good = (reply for reply in replies if not reply.has_error())
+            averaging = folding.folds(self.strategy)
+            taken = folding.folded(self.strategy, good) if averaging else list(good)
         self._check_quorum(number, len(messages), count)
         with phases("aggregate"), seeding.scoped(self.seed, "aggregate-train", number):
-            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            arrays, metrics = folding.aggregate(self.strategy, number, taken)
             if arrays is not None:
                 arrays = records.live(arrays, like=self.arrays)
                 self._check_finite(number, arrays)
@@ -239,7 +278,7 @@ class Loop:
         self.rows = []
         number = line["round"]
         line |= phases.totals()
-        if number % self.scenario.checkpoint.every == 0 or number == self.scenario.rounds.count:
+        if number % self.scenario.checkpoint.every == 0 or number >= self.scenario.rounds.count:
             with phases("checkpoint"):
                 checkpoint.save(self.folder.checkpoint, self._snapshot(line), self.scenario.checkpoint.keep)
         line |= phases.totals()
@@ -255,7 +294,7 @@ class Loop:
             self.board.add_scalar(f"round/{name}", line[name], line["round"])
 
     def _snapshot(self, line: dict[str, Any]) -> checkpoint.Snapshot:
-        tensors, values = strategy_state.capture(self.strategy)
+        tensors, values = strategy_state.capture(self.strategy, self.fresh)
         states, changed = (self.clients.states, self.clients.changed) if self.clients else ({}, set())
         snapshot = checkpoint.Snapshot(
             round=line["round"],

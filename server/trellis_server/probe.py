@@ -12,6 +12,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from flwr.app import Message
+
 from trellis.grids.base import ClientGrid
 from trellis.scenario import Probe as Settings
 
@@ -52,7 +53,7 @@ class Probe:
         for reply in self.grid.stream(queries, timeout=self.timeout):
             if reply.has_error():
                 return None
-            metrics: Any = reply.content.metric_records["metrics"]
+            metrics: Any = reply.content["metrics"]
             bare_wall += metrics["bare_s"]
             bare_cpu += metrics["bare_cpu_s"]
         workers = getattr(self.grid, "num_workers", 1)

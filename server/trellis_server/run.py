@@ -60,6 +60,7 @@ def run_cell(
         scenario=scenario,
         seed=folder.seed,
         strategy=strategy,
+        fresh=build_strategy(scenario, num_clients, folder.seed),
         grid=layered(grid, scenario, strategy),
         evaluate=evaluate,
         folder=folder,

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+
 from trellis import flower, records
 from trellis.grids.base import Layer
 from trellis.grids.foreign import ForeignGrid

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
+
 from trellis import records
 from trellis.errors import RunError
 from trellis_server import checkpoint

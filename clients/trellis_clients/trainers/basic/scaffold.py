@@ -41,8 +41,8 @@ class Scaffold(Trainer):
         metrics = super().fit(model, data, state, turn)
         own, start, end = state["control"], turn.received["arrays"], self.shared(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        delta = {name: torch.zeros_like(values) for name, values in control.items()}
-        for name in trained & control.keys():
+        delta = {}
+        for name in sorted(trained & control.keys()):
             delta[name] = (start[name] - end[name]) / (max(self.steps, 1) * self.config.lr) - control[name]
             own[name] = own[name] + delta[name]
         turn.reply["control"] = delta

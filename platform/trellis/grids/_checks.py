@@ -1,0 +1,227 @@
+"""The checks that one reply must pass by itself, each a function in a table under its code.
+
+A check returns what is wrong in one line, or None. Which checks a message's category asks for, and in which
+order, stands in ``BY_CATEGORY``. What can only be seen beside the other replies is in ``_cohort``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flwr.app import Array, Message, RecordDict
+from numpy.typing import NDArray
+
+from trellis.grids._npy import PayloadError, opened
+from trellis.grids._updates import Key, Measurement, Values, measure
+from trellis.records import array_records, arrays_of, metric_records
+from trellis.scenario import Screening
+
+WEIGHT = "num-examples"
+
+Shape = tuple[int | None, ...]
+Expected = Mapping[str, Mapping[str, tuple[Shape, str]]]
+"""Record name -> array name -> shape (None: any length) and dtype."""
+
+
+@dataclass(eq=False)
+class Reply:
+    """A reply under examination, beside the message it answers.
+
+    Attributes:
+        message: the reply.
+        to: the message that was sent.
+        expected: the arrays that must come back; None where the category leaves them open.
+        sent: the values that were sent.
+        counted: whether it is part of the cohort's direction by now.
+        cosine: with that direction, leaving itself out; None where there is no such thing.
+        comparable: whether there are enough others and dimensions for the cosine to mean something.
+    """
+
+    message: Message
+    to: Message
+    settings: Screening
+    expected: Expected | None
+    sent: Values
+    counted: bool = False
+    cosine: float | None = None
+    comparable: bool = False
+
+    @cached_property
+    def arrays(self) -> list[tuple[str, str, Array]]:
+        """Record name, array name and array, of every array."""
+        return list(arrays_of(self.message.content))
+
+    @cached_property
+    def values(self) -> dict[Key, NDArray[Any]]:
+        """The arrays' values, without a copy. Raises PayloadError, naming the array."""
+        values = {}
+        for record, name, array in self.arrays:
+            try:
+                values[record, name] = opened(array)
+            except PayloadError as error:
+                raise PayloadError(f"{short(f'{record}/{name}')} {error}") from None
+        return values
+
+    @cached_property
+    def measured(self) -> Measurement:
+        return measure(self.values, self.sent)
+
+    @cached_property
+    def metrics(self) -> tuple[str, Mapping[str, Any]]:
+        """Name and values of the reply's first MetricRecord, which once checked is the only one."""
+        return next(iter(metric_records(self.message.content).items()))
+
+
+def expected_of(message: Message) -> Expected:
+    """Return what a reply must hold if it must hold the very arrays that were sent."""
+    return {
+        record: {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}
+        for record, arrays in array_records(message.content).items()
+    }
+
+
+def values_of(content: RecordDict) -> dict[Key, NDArray[Any]]:
+    """Return the values of what we sent ourselves; what is not NumPy cannot be compared and is left out."""
+    values = {}
+    for record, name, array in arrays_of(content):
+        with suppress(PayloadError):
+            values[record, name] = opened(array)
+    return values
+
+
+def short(name: str) -> str:
+    """Return a name for a message of one line, however long or odd it is."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(map(short, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def _names(reply: Reply) -> str | None:
+    if reply.expected is None:
+        return None
+    found: dict[str, set[str]] = {record: set() for record in array_records(reply.message.content)}
+    for record, name, _ in reply.arrays:
+        found[record].add(name)
+    for kind, ours, theirs in (("missing", reply.expected, found), ("not asked for", found, reply.expected)):
+        if records := set(ours) - set(theirs):
+            return f"{kind}: records of arrays {_some(records)}"
+        for record, names in ours.items():
+            if arrays := set(names) - set(theirs[record]):
+                return f"{kind}: {_some(f'{record}/{name}' for name in arrays)}"
+    return None
+
+
+def _wanted(reply: Reply) -> Iterable[tuple[str, Array, Shape, str]]:
+    for record, name, array in reply.arrays:
+        wanted = (reply.expected or {}).get(record, {}).get(name)
+        if wanted is not None:
+            yield short(f"{record}/{name}"), array, *wanted
+
+
+def _shape(reply: Reply) -> str | None:
+    for name, array, shape, _ in _wanted(reply):
+        lengths = tuple(array.shape)
+        fits = len(lengths) == len(shape) and all(w is None or w == n for w, n in zip(shape, lengths, strict=True))
+        if not fits:
+            wanted = ", ".join("any" if length is None else str(length) for length in shape)
+            return f"{name} has shape {str(list(lengths))[:60]}, not [{wanted}]"
+    return None
+
+
+def _dtype(reply: Reply) -> str | None:
+    for name, array, _, dtype in _wanted(reply):
+        if array.dtype != dtype:
+            return f"{name} has dtype {str(array.dtype)[:40]}, not {dtype}"
+    return None
+
+
+def _payload(reply: Reply) -> str | None:
+    try:
+        _ = reply.values
+    except PayloadError as error:
+        return str(error)
+    return None
+
+
+def _nonfinite(reply: Reply) -> str | None:
+    return None if reply.expected is None else reply.measured.nonfinite
+
+
+def _metrics(reply: Reply) -> str | None:
+    count = len(metric_records(reply.message.content))
+    return None if count == 1 else f"{count} MetricRecords; there must be exactly one"
+
+
+def _weight(reply: Reply) -> str | None:
+    metrics: Mapping[str, object] = reply.metrics[1]
+    if WEIGHT not in metrics:
+        return f"{WEIGHT} is missing"
+    value, most = metrics[WEIGHT], reply.settings.max_examples
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return f"{WEIGHT} is a {type(value).__name__}, not a number"
+    return None if 1 <= value <= most else f"{WEIGHT} is {_number(value)}; allowed is 1 to {most}"
+
+
+def _metric_values(reply: Reply) -> str | None:
+    for name, value in reply.metrics[1].items():
+        for each in value if isinstance(value, list) else (value,):
+            # False for NaN and infinity, and for integers that a weighted average could not turn into floats.
+            if not abs(each) <= sys.float_info.max:
+                return f"metric {short(name)} is {_number(each)}"
+    return None
+
+
+def _number(value: int | float) -> str:
+    return "an integer beyond 64 bits" if abs(value) >= 2**63 and isinstance(value, int) else f"{value:.6g}"
+
+
+def _unchanged(reply: Reply) -> str | None:
+    same = reply.measured.unchanged and not reply.settings.allow_unchanged
+    return "every array equals the model that was sent" if same else None
+
+
+Check = Callable[[Reply], str | None]
+
+CHECKS: dict[str, Check] = {
+    "names": _names,
+    "shape": _shape,
+    "dtype": _dtype,
+    "payload": _payload,
+    "nonfinite": _nonfinite,
+    "subnormal": lambda reply: reply.measured.subnormal,
+    "metrics": _metrics,
+    "weight": _weight,
+    "metric-nonfinite": _metric_values,
+    "unchanged": _unchanged,
+    "constant": lambda reply: reply.measured.constant,
+}
+
+BY_CATEGORY: dict[str, tuple[str, ...]] = {
+    "train": tuple(CHECKS),
+    "evaluate": ("payload", "metrics", "weight", "metric-nonfinite"),
+    "query": ("names", "shape", "dtype", "payload", "nonfinite"),
+}
+
+
+def category(message: Message) -> str:
+    """Return ``train``, ``evaluate`` or ``query``; whatever else Flower may send is treated as a query."""
+    head = message.metadata.message_type.partition(".")[0]
+    return head if head in BY_CATEGORY else "query"
+
+
+def offence(reply: Reply) -> str | None:
+    """Return ``"code: what is wrong"`` for the first check that a reply fails."""
+    for code in BY_CATEGORY[category(reply.to)]:
+        check = CHECKS.get(code)
+        if check is not None and (detail := check(reply)):
+            return f"{code}: {detail}"
+    return None

@@ -1,0 +1,38 @@
+"""A layer that puts replies back in the order in which their messages were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message
+
+from trellis import flower
+from trellis.grids.base import Layer
+
+
+class Ordered(Layer):
+    """Yield replies in the order of the messages, so that what folds them sees the same on every grid.
+
+    A reply that comes early waits here for those before it; on ``RayGrid`` its window bounds how many can.
+    A second reply to the same message is left out. A reply to a message that was not among those sent
+    passes at once: it has no place in the order, and a layer outside may want to report it.
+    """
+
+    def stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        sent = flower.number(messages)
+        place: dict[str, int] = {}
+        early: dict[int, Message] = {}
+        following = 0
+        for reply in super().stream(sent, timeout=timeout):
+            # Flower's own grids give messages their ids as they send them, so ids are read after that.
+            place = place or {message.metadata.message_id: i for i, message in enumerate(sent)}
+            position = place.get(reply.metadata.reply_to_message_id)
+            if position is None:
+                yield reply
+            elif position >= following:
+                early.setdefault(position, reply)
+            while following in early:
+                yield early.pop(following)
+                following += 1
+        for position in sorted(early):  # what stands behind a message that was never answered
+            yield early[position]
