@@ -55,7 +55,7 @@ class Site:
         self.trainer = self._trainer()
         with seeding.scoped(self.seed, "build"):
             self.model = self._built().to(self.device)
-        self.names = list(self._shared())
+        self.names = list(self._shared(self.model))
         strategy = registry.load("strategies", self.scenario.strategy.name, base=self.scenario.folder)
         self.client_mods: tuple[str, ...] = registry.info_of(strategy).facts.get("client_mods", ())
         self.pristine = self._snapshot()
@@ -102,8 +102,8 @@ class Site:
             )
         return model
 
-    def _shared(self) -> dict[str, Tensor]:
-        shared = self.trainer.shared(self.model)
+    def _shared(self, model: nn.Module) -> dict[str, Tensor]:
+        shared = self.trainer.shared(model)
         if not isinstance(shared, dict) or not all(isinstance(v, Tensor) for v in shared.values()):
             raise PluginError(
                 "plugin-contract",
@@ -123,8 +123,10 @@ class Site:
     # -- a turn ---------------------------------------------------------------------------------------
 
     def initial(self) -> ArrayRecord:
-        """Return the arrays every run of this cell starts from."""
-        return records.array_record({name: _numpy(tensor) for name, tensor in self._shared().items()})
+        """Return the arrays every run of this cell starts from, whatever the live model has become since."""
+        with seeding.scoped(self.seed, "build"):
+            model = self._built()
+        return records.array_record({name: _numpy(tensor) for name, tensor in self._shared(model).items()})
 
     def turn(self, message: Message, client: int, phase: str) -> Turn:
         """Return the turn that a message stands for."""
@@ -166,7 +168,7 @@ class Site:
         if self.scenario.trainer.params.get("batch_norm") == "local":
             live = self.model.state_dict()
             state[BATCH_NORM] = {name: live[name].clone() for name in batchnorm.private_names(self.model, "local")}
-        arrays = {records.ARRAYS: self._shared(), **turn.reply}
+        arrays = {records.ARRAYS: self._shared(self.model), **turn.reply}
         return _reply(metrics, len(data.train), arrays)
 
     def evaluate(self, turn: Turn, state: State) -> RecordDict:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from trellis import registry
 from trellis.data.base import DataSet
 from trellis.data.loading import _data, _load, load_federation

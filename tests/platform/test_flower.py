@@ -72,19 +72,20 @@ def test_flowers_own_loop_runs_on_our_grids(wrap):
     np.testing.assert_allclose(result.arrays["w"].numpy(), 3.0, rtol=1e-6)
 
 
-def test_a_client_that_changes_its_config_changes_nobody_elses():
+def test_a_client_that_changes_its_records_changes_nobody_elses():
     seen = []
     app = ClientApp()
 
     @app.train()
     def train(received: Message, _) -> Message:
-        seen.append(received.content["config"].get("mark"))
+        seen.append((received.content["config"].get("mark"), list(received.content["arrays"])))
         received.content["config"]["mark"] = "changed"
+        del received.content["arrays"]["w"]
         return Message(RecordDict(), reply_to=received)
 
     from flwr.app import ConfigRecord
 
     grid = LocalGrid(app, 2)
-    content = RecordDict({"config": ConfigRecord({"a": 1})})
+    content = RecordDict({"config": ConfigRecord({"a": 1}), "arrays": records.array_record({"w": np.zeros(2)})})
     list(grid.stream([Message(content, node, "train") for node in grid.get_node_ids()]))
-    assert seen == [None, None]
+    assert seen == [(None, ["w"]), (None, ["w"])]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
 from trellis import registry, seeding
 from trellis.errors import DataError, PluginError
 from trellis.models import models, torchvision_shim

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from trellis import registry
 from trellis.data import partitioners
 from trellis.data.base import DataSet, Federation, Split
@@ -114,6 +115,7 @@ def test_the_seed_matters(name: str) -> None:
 def test_row_numbers_equal_what_flower_deals_from_its_own_data_set(name: str) -> None:
     """``RowNumbers`` is a shortcut; the plain Hugging Face data set must give the same."""
     import datasets
+
     from trellis.data.partition._base import Deal
     from trellis.data.partition._flower import deal as fast
 
@@ -260,6 +262,7 @@ def test_many_clients_are_dealt_faster_than_by_tables() -> None:
     """The point of ``RowNumbers``: against one table per client, both timed here on the same machine."""
     import datasets
     from flwr_datasets.partitioner import IidPartitioner
+
     from trellis.data.partition._flower import deal as fast
 
     columns = {"index": np.arange(4000)}

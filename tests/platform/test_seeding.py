@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+
 from trellis import seeding
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from trellis import flower
@@ -74,11 +74,9 @@ def run_client(app: ClientApp, message: Message, context: Context) -> tuple[Mess
 
 
 def _own_copy(message: Message) -> Message:
-    """Return the message with config records of its own, so that no client changes what another reads.
+    """Return the message with records of its own, so that no client changes what another reads.
 
-    Arrays are shared: they are read-only.
+    The arrays in them are shared: they are read-only.
     """
-    content = RecordDict()
-    for name, record in message.content.items():
-        content[name] = ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
+    content = RecordDict({name: record.copy() for name, record in message.content.items()})
     return flower.with_content(message, content)
