@@ -6,15 +6,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 
-from trellis import records, scenario, seeding
-from trellis.errors import ScenarioError
+from trellis import flower_app, records, scenario, seeding
 from trellis_clients import client_state
 from trellis_clients.site import Cell, Site
 from trellis_clients.trainer import State, Turn
@@ -24,6 +24,9 @@ Mod = Callable[[Message, Context, Call], Message]
 
 MODS = {"fixedclipping": fixedclipping_mod, "adaptiveclipping": adaptiveclipping_mod}
 """Client-side mods that a strategy may ask for (fact ``client_mods``)."""
+
+REGISTERED = ("query.bare", "query.partition")
+"""Questions that the app answers itself; all others go to the trainer."""
 
 CELL = "cell"
 """Key of a message's config that says which cell of an experiment it belongs to."""
@@ -48,7 +51,7 @@ def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None
     """Return the client app for the cells of an experiment.
 
     Args:
-        cells: by name; without any, the scenario comes from Flower's run config when a message arrives.
+        cells: by name; without any, the one that Flower's run config describes when a message arrives.
         sites: live sites to share with a central evaluation in the same process.
     """
     known = sites or Sites(cells or {})
@@ -65,6 +68,11 @@ def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None
     @app.query("bare")
     def bare(message: Message, context: Context) -> Message:
         return _serve(known, message, context, "train", Site.bare)
+
+    @app.query("partition")
+    def partition(message: Message, context: Context) -> Message:
+        held = ConfigRecord({"partition-id": int(context.node_config.get("partition-id", -1))})
+        return Message(RecordDict({records.CONFIG: held}), reply_to=message)
 
     return app
 
@@ -111,21 +119,21 @@ def _site(sites: Sites, message: Message, context: Context) -> Site:
     config = records.config_record(message.content, records.CONFIG)
     name = str(config.get(CELL, ""))
     if not sites.cells:
-        sites.cells[name] = cell_from(context)
+        sites = _sites_of(tuple((key, context.run_config.get(key, "")) for key in flower_app.KEYS))
     return sites.get(name if name in sites.cells else next(iter(sites.cells)))
 
 
-def cell_from(context: Context) -> Cell:
-    """Return the cell that Flower's run config describes: ``scenario`` (a path) and ``seed``.
+@lru_cache(maxsize=1)
+def _sites_of(run_config: tuple[tuple[str, Any], ...]) -> Sites:
+    """Return the sites of this process for the cell that Flower's run config describes.
 
-    Raises:
-        ScenarioError: the run config names no scenario.
+    Flower's simulation unpickles the app anew for every message, so nothing that the app itself holds would
+    last; the module does.
     """
-    text = str(context.run_config.get("scenario", ""))
-    if not text:
-        raise ScenarioError("scenario-missing", "the Flower run config has no key 'scenario' with the path of a file")
-    loaded = scenario.load(Path(text))
-    return Cell(scenario.plain(loaded), int(context.run_config.get("seed", loaded.seeds[0])))
+    each = flower_app.read({key: value for key, value in run_config if value != ""})
+    # The process is Flower's, and so would be its number of threads, on which the last bits depend.
+    torch.set_num_threads(each.runtime.threads)
+    return Sites({CELL: Cell(scenario.plain(each), each.seeds[0])})
 
 
 def _questions(sites: Sites) -> Mod:
@@ -135,8 +143,8 @@ def _questions(sites: Sites) -> Mod:
     """
 
     def apply(message: Message, context: Context, call_next: Call) -> Message:
-        category, _, action = message.metadata.message_type.partition(".")
-        if not action or (category, action) == ("query", "bare"):
+        _, _, action = message.metadata.message_type.partition(".")
+        if not action or message.metadata.message_type in REGISTERED:
             return call_next(message, context)
 
         def work(site: Site, turn: Turn, state: State) -> RecordDict:
@@ -151,6 +159,8 @@ def _strategy_mods(sites: Sites) -> Mod:
     """Return a mod that runs the mods the scenario's strategy declares, e.g. client-side clipping."""
 
     def apply(message: Message, context: Context, call_next: Call) -> Message:
+        if message.metadata.message_type == "query.partition":
+            return call_next(message, context)  # a roll call is no reason to load data
         call = call_next
         for name in reversed(_site(sites, message, context).client_mods):
             call = _bind(MODS[name], call)

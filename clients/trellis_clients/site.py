@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trellis import records, registry, scenario, seeding
-from trellis.data.base import DataSet, Federation
+from trellis.data.base import DataSet, Federation, Split
 from trellis.errors import DataError, PluginError, TrellisError
 from trellis.scenario import Scenario
 from trellis_clients import batchnorm
@@ -169,24 +169,28 @@ class Site:
             live = self.model.state_dict()
             state[BATCH_NORM] = {name: live[name].clone() for name in batchnorm.private_names(self.model, "local")}
         arrays = {records.ARRAYS: self._shared(self.model), **turn.reply}
-        return _reply(metrics, len(data.train), arrays)
+        return _reply(metrics, self._count(data.train), arrays)
 
     def evaluate(self, turn: Turn, state: State) -> RecordDict:
         """Evaluate the received model on one client's own test split."""
         data = self.federation.client(turn.client)
-        if not len(data.test):
+        if not self._count(data.test):
             raise DataError("client-no-test", f"client {turn.client} holds no test examples")
         self.load(turn.received[records.ARRAYS], state)
         if self.scenario.trainer.params.get("batch_norm") == "recalibrate":
             size = self.scenario.evaluation.batch_size
             batchnorm.recalibrate(self.model, (batch.x for batch in in_order(data.train, size)))
         metrics = self.trainer.evaluate(self.model, data.test, turn, self.scenario.evaluation.batch_size)
-        return _reply(metrics, len(data.test), {})
+        return _reply(metrics, self._count(data.test), {})
+
+    def _count(self, split: Split) -> int:
+        """Return how much a split counts; without data every client counts as one."""
+        return 1 if self.federation.data.kind == "none" else len(split)
 
     def evaluate_centrally(self, arrays: ArrayRecord, number: int) -> Metrics | None:
         """Evaluate a global model on the held-out set; None where the data set holds none out."""
         test = self.federation.data.test
-        if not len(test):
+        if not self._count(test):
             return None
         with seeding.scoped(self.seed, "central", number):
             received = {name: self._tensor(records.view(array)) for name, array in arrays.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -13,9 +13,15 @@ from trellis import scenario as scenario_file
 from trellis.data.base import Federation
 from trellis.data.loading import load_federation
 from trellis.errors import PluginError, TrellisError
-from trellis.grids.base import ClientGrid
+from trellis.grids.base import ClientGrid, StreamGrid
 from trellis.runs import CellFolder, Run, write_json
 from trellis.scenario import Runtime, Scenario
+
+GridFor = Callable[[Scenario, int], tuple[StreamGrid, Any]]
+"""Makes the grid for a scenario and its number of clients, with the sites of this process beside it."""
+
+Grids = Callable[[ModuleType, Mapping[str, Any]], AbstractContextManager[GridFor]]
+"""Offers grids for the cells of an experiment, given the client side's module and the cells by name."""
 
 
 @dataclass
@@ -47,8 +53,10 @@ def app_module(side: str) -> ModuleType:
     raise PluginError("app-missing", f"the {side} side of Trellis is not installed: pip install 'trellis[train]'")
 
 
-def execute(run: Run, hooks: Hooks | None = None) -> Outcome:
+def execute(run: Run, hooks: Hooks | None = None, grids: Grids | None = None) -> Outcome:
     """Run every cell that is not complete yet. A failing cell does not stop the others.
+
+    Clients are where ``grids`` says; by default where the scenario's runtime says.
 
     The run's ``status.json`` says at the end how it went; the folder is resumable at every moment.
     """
@@ -60,7 +68,7 @@ def execute(run: Run, hooks: Hooks | None = None) -> Outcome:
         try:
             todo, done = _deal(run, client)
             outcome.summaries.extend(done)
-            with _grids(client, {folder.name: cell for _, folder, cell in todo}) as grid_for:
+            with (grids or _grids)(client, {folder.name: cell for _, folder, cell in todo}) as grid_for:
                 for each, folder, cell in todo:
                     hooks.on_cell(folder, each)
                     try:
@@ -102,7 +110,7 @@ def _deal(run: Run, client: ModuleType) -> tuple[list[tuple[Scenario, CellFolder
 def _run_cell(
     client: ModuleType,
     server: ModuleType,
-    grid_for: Callable[[Scenario, int], tuple[ClientGrid, Any]],
+    grid_for: GridFor,
     each: Scenario,
     folder: CellFolder,
     num_clients: int,
@@ -139,7 +147,7 @@ def _write_partition(folder: CellFolder, federation: Federation) -> None:
 
 
 @contextmanager
-def _grids(client: ModuleType, cells: Mapping[str, Any]) -> Iterator[Callable[[Scenario, int], tuple[ClientGrid, Any]]]:
+def _grids(client: ModuleType, cells: Mapping[str, Any]) -> Iterator[GridFor]:
     """Offer the grid for a cell; cells of the same runtime and size share one, so workers start once."""
     live: dict[tuple[Runtime, int], tuple[ClientGrid, Any]] = {}
 

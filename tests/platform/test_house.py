@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,36 @@ def test_nothing_reads_pickles():
         for path in (ROOT / source).rglob("*.py"):
             text = path.read_text()
             assert not [word for word in forbidden if word in text], path
+
+
+def test_every_error_code_is_documented():
+    family = {"TrellisError", "ScenarioError", "PluginError", "DataError", "GridError", "RoundError", "RunError"}
+    page = (ROOT / "docs" / "errors.md").read_text()
+    missing = {}
+    for source in ("platform", "clients", "server"):
+        for path in (ROOT / source).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+                    continue
+                code = node.args[0].value
+                if isinstance(node.func, ast.Name) and node.func.id in family and f"`{code}`" not in page:
+                    missing[code] = path.name
+    assert not missing
+
+
+def test_every_check_of_the_gate_is_documented():
+    from trellis.grids._checks import CHECKS
+    from trellis.grids._cohort import COHORT_CHECKS
+
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert not [code for code in [*CHECKS, *COHORT_CHECKS] if f"`{code}`" not in page]
+
+
+def test_every_key_of_a_scenario_is_documented():
+    from trellis.scenario import schema
+
+    page = (ROOT / "docs" / "scenario.md").read_text()
+    keys = set(schema()["properties"]) - {"base"}
+    for model in schema()["$defs"].values():
+        keys |= set(model.get("properties", {}))
+    assert not [key for key in sorted(keys) if f"`{key}`" not in page]
