@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import platform as stdlib_platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,11 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": stdlib_platform.python_version(),
         "platform": stdlib_platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": versions,
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **versions,
     }
 
 
