@@ -28,6 +28,9 @@ MODS = {"fixedclipping": fixedclipping_mod, "adaptiveclipping": adaptiveclipping
 REGISTERED = ("query.bare", "query.partition")
 """Questions that the app answers itself; all others go to the trainer."""
 
+ROLL = ("partition-id", "num-partitions")
+"""Keys of Flower's node config that say which client a node is, and of how many."""
+
 CELL = "cell"
 """Key of a message's config that says which cell of an experiment it belongs to."""
 
@@ -55,7 +58,7 @@ def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None
         sites: live sites to share with a central evaluation in the same process.
     """
     known = sites or Sites(cells or {})
-    app = ClientApp(mods=[_questions(known), _strategy_mods(known)])
+    app = App(known)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -71,8 +74,8 @@ def make_app(cells: Mapping[str, Cell] | None = None, sites: Sites | None = None
 
     @app.query("partition")
     def partition(message: Message, context: Context) -> Message:
-        held = ConfigRecord({"partition-id": int(context.node_config.get("partition-id", -1))})
-        return Message(RecordDict({records.CONFIG: held}), reply_to=message)
+        held = {key: context.node_config[key] for key in ROLL if key in context.node_config}
+        return Message(RecordDict({records.CONFIG: ConfigRecord({**held})}), reply_to=message)
 
     return app
 
@@ -136,31 +139,34 @@ def _sites_of(run_config: tuple[tuple[str, Any], ...]) -> Sites:
     return Sites({CELL: Cell(scenario.plain(each), each.seeds[0])})
 
 
-def _questions(sites: Sites) -> Mod:
-    """Return a mod that answers every ``query.<action>`` and ``train.<action>`` which no function is registered for.
+class App(ClientApp):
+    """Gives the trainer every ``query.<action>`` and ``train.<action>`` that no function is registered for.
 
-    Flower routes by names that are registered beforehand; which questions there are is the trainer's to say.
+    Flower routes by names that are registered beforehand, and before any mod sees the message; which questions
+    there are is the trainer's to say.
     """
 
-    def apply(message: Message, context: Context, call_next: Call) -> Message:
+    def __init__(self, sites: Sites) -> None:
+        super().__init__(mods=[_strategy_mods(sites)])
+        self.sites = sites
+
+    def __call__(self, message: Message, context: Context) -> Message:
         _, _, action = message.metadata.message_type.partition(".")
         if not action or message.metadata.message_type in REGISTERED:
-            return call_next(message, context)
+            return super().__call__(message, context)
 
         def work(site: Site, turn: Turn, state: State) -> RecordDict:
             return site.answer(action, turn, state)
 
-        return _serve(sites, message, context, action, work, keeps=True)
-
-    return apply
+        return _serve(self.sites, message, context, action, work, keeps=True)
 
 
 def _strategy_mods(sites: Sites) -> Mod:
     """Return a mod that runs the mods the scenario's strategy declares, e.g. client-side clipping."""
 
     def apply(message: Message, context: Context, call_next: Call) -> Message:
-        if message.metadata.message_type == "query.partition":
-            return call_next(message, context)  # a roll call is no reason to load data
+        if message.metadata.message_type == "query.partition":  # a roll call is no reason to load data
+            return call_next(message, context)
         call = call_next
         for name in reversed(_site(sites, message, context).client_mods):
             call = _bind(MODS[name], call)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trellis import records, registry, scenario, seeding
 from trellis.data.base import DataSet, Federation, Split
 from trellis.errors import DataError, PluginError, TrellisError
-from trellis.scenario import Scenario
+from trellis.scenario import Component, Scenario
 from trellis_clients import batchnorm
 from trellis_clients.trainer import Metrics, State, Task, Trainer, Turn, in_order
 
@@ -56,8 +56,7 @@ class Site:
         with seeding.scoped(self.seed, "build"):
             self.model = self._built().to(self.device)
         self.names = list(self._shared(self.model))
-        strategy = registry.load("strategies", self.scenario.strategy.name, base=self.scenario.folder)
-        self.client_mods: tuple[str, ...] = registry.info_of(strategy).facts.get("client_mods", ())
+        self.client_mods = client_mods(self.scenario)
         self.pristine = self._snapshot()
 
     def _federation(self, cell: Cell) -> Federation:
@@ -139,17 +138,14 @@ class Site:
             num_clients=self.federation.num_clients,
             generator=seeding.torch_generator(self.seed, phase, number, client),
             config=config,
-            received={
-                name: {key: self._tensor(records.view(array)) for key, array in record.items()}
-                for name, record in records.array_records(message.content).items()
-            },
+            received={name: self._tensors(record) for name, record in records.array_records(message.content).items()},
         )
 
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        """Return received values as a tensor; on the CPU it shares their memory, which nobody may write to."""
+    def _tensors(self, record: ArrayRecord) -> dict[str, Tensor]:
+        """Return received values as tensors; on the CPU they share their memory, which nobody may write to."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(values).to(self.device)
+            return {name: torch.from_numpy(records.view(array)).to(self.device) for name, array in record.items()}
 
     def load(self, arrays: Mapping[str, Tensor], state: State) -> None:
         """Put the model into the state of one client at the start of its turn."""
@@ -168,6 +164,7 @@ class Site:
         if self.scenario.trainer.params.get("batch_norm") == "local":
             live = self.model.state_dict()
             state[BATCH_NORM] = {name: live[name].clone() for name in batchnorm.private_names(self.model, "local")}
+        self.model.zero_grad(set_to_none=True)  # a model's worth of memory, and of no use to the next client
         arrays = {records.ARRAYS: self._shared(self.model), **turn.reply}
         return _reply(metrics, self._count(data.train), arrays)
 
@@ -193,14 +190,13 @@ class Site:
         if not self._count(test):
             return None
         with seeding.scoped(self.seed, "central", number):
-            received = {name: self._tensor(records.view(array)) for name, array in arrays.items()}
             turn = Turn(
                 round=number,
                 num_rounds=self.scenario.rounds.count,
                 client=-1,
                 num_clients=self.federation.num_clients,
                 generator=seeding.torch_generator(self.seed, "central", number),
-                received={records.ARRAYS: received},
+                received={records.ARRAYS: self._tensors(arrays)},
             )
             self.load(turn.received[records.ARRAYS], {})
             size = self.scenario.evaluation.batch_size
@@ -244,6 +240,18 @@ class Site:
         """Wait for the device, so that a clock read next to it means something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def client_mods(scenario: Scenario) -> tuple[str, ...]:
+    """Return the client-side mods that the scenario's strategy, and those it wraps, declare; outermost first."""
+    mods: list[str] = []
+    component: Component | None = scenario.strategy
+    while component is not None:
+        strategy = registry.load("strategies", component.name, base=scenario.folder)
+        mods.extend(registry.info_of(strategy).facts.get("client_mods", ()))
+        base = component.params.get("base")
+        component = Component.model_validate(base) if base else None
+    return tuple(mods)
 
 
 def pick_device(name: str) -> torch.device:

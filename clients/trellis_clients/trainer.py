@@ -166,12 +166,12 @@ class Trainer:
         """Yield ``local_epochs`` passes over a split in mini-batches of a seeded order."""
         size, count = self.config.batch_size, len(split)
         for _ in range(self.config.local_epochs):
-            order = torch.randperm(count, generator=turn.generator)
+            order = torch.randperm(count, generator=turn.generator).to(split.rows.device)
             for start in range(0, count, size):
                 index = order[start : start + size]
                 if len(index) < size and self.config.drop_last and start:
-                    return
-                yield split.batch(index.to(split.rows.device))
+                    break
+                yield split.batch(index)
 
     def loss(self, model: nn.Module, batch: Batch, turn: Turn) -> Tensor:  # noqa: ARG002
         """Return the scalar objective of one step: mean cross-entropy."""

@@ -124,7 +124,7 @@ def _run_cell(
             folder,
             grid,
             num_clients,
-            evaluator.initial(),
+            evaluator.initial,
             evaluator,
             lambda line: hooks.on_round(folder, line),
         )

@@ -53,8 +53,16 @@ class Folding(Protocol):
     def fold(self, replies: Iterable[Message]) -> list[Message]: ...
 
 
+def merger(strategy: Strategy) -> Strategy:
+    """Return the strategy that merges replies: one that leaves all rounds to another names it as ``inner``."""
+    while isinstance(inner := getattr(strategy, "inner", None), Strategy):
+        strategy = inner
+    return strategy
+
+
 def folds(strategy: Strategy) -> bool:
     """Whether the strategy does the same with one average as with all replies."""
+    strategy = merger(strategy)
     if isinstance(strategy, Folding):
         return True
     return (
@@ -66,6 +74,7 @@ def folds(strategy: Strategy) -> bool:
 
 def folded(strategy: Strategy, replies: Iterable[Message]) -> list[Message]:
     """Fold replies as the strategy needs it. Only for strategies that fold."""
+    strategy = merger(strategy)
     if isinstance(strategy, Folding):
         return strategy.fold(replies)
     assert isinstance(strategy, FedAvg), type(strategy)
@@ -81,6 +90,7 @@ def aggregate(
     Where that is the average itself it is taken as it is, instead of copied, multiplied by 1.0, written as
     ``.npy`` bytes and read again.
     """
+    strategy = merger(strategy)
     average = averages[0] if averages else None
     if type(strategy) not in PLAIN or not folds(strategy) or average is None or average.has_error():
         return strategy.aggregate_train(server_round, averages)

@@ -39,7 +39,9 @@ class Finishing(Protocol):
     """A strategy with one more step after the last round, e.g. a calibration of the classifier.
 
     A strategy may also have ``attach(bench)``: it is given the cloud's use of the trainer (``bench.site`` has the
-    trainer, the model and the data) before the first round.
+    trainer, the model and the data) before anything else, or after its state was restored, and may return the arrays
+    that a new run starts from instead of a fresh model's. And it may have a dict ``refused``: client and reason of
+    answers that it could not use. They are written down as the gate's refusals are, and the dict is emptied.
     """
 
     def finish(
@@ -119,17 +121,19 @@ class Loop:
                 then holds the last complete round.
         """
         self.arrays = initial
+        del initial  # or it would be held to the end of the run
         snapshot = checkpoint.load(self.folder.checkpoint)
         start = 1 if snapshot is None else snapshot.round + 1
         self.board = self.folder.tensorboard(purge_step=None if snapshot is None else start)
         try:
             if snapshot is None:
                 self.folder.keep_until(-1)
-                self._first()
             else:
                 self._restore(snapshot)
-            if hasattr(self.strategy, "attach"):
-                self.strategy.attach(self.evaluate)
+            start_from = self.strategy.attach(self.evaluate) if hasattr(self.strategy, "attach") else None
+            if snapshot is None:
+                self.arrays = self.arrays if start_from is None else start_from
+                self._first()
             probed = probe_rounds(self.scenario.probe, self.scenario.rounds.count)
             for number in range(start, self.scenario.rounds.count + 1):
                 self.round = number
@@ -151,7 +155,9 @@ class Loop:
         train = self._train(number, messages, phases)
         probe = None
         if probed and self.clients is not None:
-            probe = Probe(self.clients, self.scenario.rounds.deadline_s).measure(messages, phases.wall, phases.cpu)
+            probe = Probe(self.clients, self.scenario.rounds.deadline_s).measure(
+                messages, phases.wall, phases.cpu, sum(row["cpu_seconds"] or 0.0 for row in self.rows)
+            )
         del messages  # they hold the previous model
         last = number == self.scenario.rounds.count
         evaluation = self.scenario.evaluation
@@ -173,6 +179,7 @@ class Loop:
             arrays, metrics = self.strategy.finish(
                 number, self.arrays, self._config(), self.grid, self.scenario.rounds.deadline_s
             )
+        self._note_refused()
         arrays = records.live(arrays, like=self.arrays)
         self._check_finite(number, arrays)
         self.arrays = arrays
@@ -193,14 +200,13 @@ class Loop:
     def _train(self, number: int, messages: list[Message], phases: Phases) -> dict[str, Any] | None:
         count = Count()
         with phases("train"):
-            replies = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
-            # Errors are counted and named already; Flower's privacy wrappers would skip the round for one of them.
-            good = (reply for reply in replies if not reply.has_error())
+            good = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
             averaging = folding.folds(self.strategy)
             taken = folding.folded(self.strategy, good) if averaging else list(good)
         self._check_quorum(number, len(messages), count)
         with phases("aggregate"), seeding.scoped(self.seed, "aggregate-train", number):
             arrays, metrics = folding.aggregate(self.strategy, number, taken)
+            self._note_refused()
             if arrays is not None:
                 arrays = records.live(arrays, like=self.arrays)
                 self._check_finite(number, arrays)
@@ -253,12 +259,21 @@ class Loop:
                 "ok": trace.ok,
                 "metrics": trace.metrics,
                 "seconds": trace.seconds,
+                "cpu_seconds": trace.cpu_seconds,
                 "bytes_up": trace.bytes_up,
                 "norm": norm,
                 "cosine": cosine,
                 "reason": trace.reason,
             }
         )
+
+    def _note_refused(self) -> None:
+        """Mark the rows of clients whose answers the strategy itself refused."""
+        refused: dict[int, str] = getattr(self.strategy, "refused", {})
+        for row in self.rows:
+            if row["ok"] and row["client"] in refused:
+                row |= {"ok": False, "reason": refused[row["client"]]}
+        refused.clear()
 
     def _finish(self, line: dict[str, Any], phases: Phases) -> None:
         """Write the round down: client rows, then the checkpoint, then the line that says it is done."""
@@ -330,7 +345,10 @@ class Loop:
 
 @dataclass
 class Count:
-    """Counts replies as they pass, so that none need be held for it."""
+    """Counts replies as they pass, so that none need be held for it, and lets through those with content.
+
+    Flower's privacy wrappers would skip a round for one error among its replies.
+    """
 
     good: int = 0
     failures: list[tuple[int, str]] = field(default_factory=list)
@@ -341,7 +359,7 @@ class Count:
                 self.failures.append((flower.client_of(reply.metadata.src_node_id), reply.error.reason or "no reason"))
             else:
                 self.good += 1
-            yield reply
+                yield reply
             del reply  # or it would be held while the next one is made
 
 

@@ -25,7 +25,8 @@ __all__ = ["build_strategy", "layered", "run_cell"]
 def layered(grid: StreamGrid, scenario: Scenario, strategy: Strategy) -> StreamGrid:
     """Wrap a grid: replies in the order of dispatch, then the admission gate, then the tracer."""
     expected: Callable[[Message], Any] | None = getattr(strategy, "expected_reply", None)
-    return Traced(Screened(Ordered(grid), scenario.screening, expected=expected))
+    problem_with: Callable[[Message, Message], str | None] | None = getattr(strategy, "problem_with", None)
+    return Traced(Screened(Ordered(grid), scenario.screening, expected=expected, problem_with=problem_with))
 
 
 def run_cell(
@@ -33,7 +34,7 @@ def run_cell(
     folder: CellFolder,
     grid: StreamGrid,
     num_clients: int,
-    initial: ArrayRecord,
+    initial: Callable[[], ArrayRecord],
     evaluate: Evaluate,
     on_round: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run_cell(
         folder: the cell's.
         grid: the clients, without layers.
         num_clients: clients of the federation.
-        initial: arrays to start from.
+        initial: makes the arrays to start from.
         evaluate: central evaluation.
         on_round: called with each line of ``metrics.jsonl``.
 
@@ -67,7 +68,7 @@ def run_cell(
         cell=folder.name,
         on_round=on_round,
     )
-    arrays = loop.run(initial)
+    arrays = loop.run(initial())  # with no name of its own here, the first model goes when the second comes
     lines = read_lines(folder.path / "metrics.jsonl")
     summary = {
         "variant": folder.variant,

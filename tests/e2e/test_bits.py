@@ -128,3 +128,13 @@ def test_the_oracle_agrees_bit_for_bit(tmp_path):
 
 def test_registry_knows_what_the_scenarios_name():
     assert {"scaffold", "fedadam", "fedmedian", "dp-server-fixed"} <= registry.plugins("strategies").keys()
+
+
+def test_the_overhead_counts_workers_side_by_side(tmp_path, ray_session):
+    """Two workers could halve the bare time at best, so the bare time is the sum over clients halved."""
+    current, outcome = run(tmp_path, ("runtime.grid=ray", "runtime.workers=2", "probe.every=1"))
+    assert not outcome.failed
+    for line in lines(current)[1:]:
+        rows = [r for r in lines(current, "clients.jsonl") if r["round"] == line["round"] and r["phase"] == "train"]
+        assert line["probe"]["round_s"] >= sum(row["seconds"] for row in rows) / 2
+        assert line["probe"]["cpu_ratio"] > 1

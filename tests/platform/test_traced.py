@@ -82,6 +82,7 @@ def test_bytes_are_counted_for_each_client_and_replies_pass_untouched() -> None:
         reason=None,
         metrics={"num-examples": 11, "loss": 0.25},
         seconds=2.5,
+        cpu_seconds=1.0,
         bytes_up=up,
         message_id=messages[1].metadata.message_id,
     )

@@ -65,7 +65,7 @@ class Split:
     def batch(self, index: Tensor) -> Batch:
         """Gather the examples at positions ``index`` (int64, within this split) by one copy per field."""
         rows = self.rows[index]
-        return Batch({name: tensor[rows] for name, tensor in self.fields.items()}, index)
+        return Batch({name: tensor.index_select(0, rows) for name, tensor in self.fields.items()}, index)
 
     def subset(self, index: Tensor) -> Split:
         """Return the part of this split at the given positions, sharing the tensors."""

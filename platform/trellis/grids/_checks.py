@@ -120,27 +120,29 @@ def _names(reply: Reply) -> str | None:
     return None
 
 
-def _wanted(reply: Reply) -> Iterable[tuple[str, Array, Shape, str]]:
+def _wanted(reply: Reply) -> Iterable[tuple[Key, Array, Shape, str]]:
     for record, name, array in reply.arrays:
         wanted = (reply.expected or {}).get(record, {}).get(name)
         if wanted is not None:
-            yield short(f"{record}/{name}"), array, *wanted
+            yield (record, name), array, *wanted
 
 
 def _shape(reply: Reply) -> str | None:
-    for name, array, shape, _ in _wanted(reply):
+    for key, array, shape, _ in _wanted(reply):
         lengths = tuple(array.shape)
+        if lengths == shape:
+            continue
         fits = len(lengths) == len(shape) and all(w is None or w == n for w, n in zip(shape, lengths, strict=True))
         if not fits:
             wanted = ", ".join("any" if length is None else str(length) for length in shape)
-            return f"{name} has shape {str(list(lengths))[:60]}, not [{wanted}]"
+            return f"{short('/'.join(key))} has shape {str(list(lengths))[:60]}, not [{wanted}]"
     return None
 
 
 def _dtype(reply: Reply) -> str | None:
-    for name, array, _, dtype in _wanted(reply):
+    for key, array, _, dtype in _wanted(reply):
         if array.dtype != dtype:
-            return f"{name} has dtype {str(array.dtype)[:40]}, not {dtype}"
+            return f"{short('/'.join(key))} has dtype {str(array.dtype)[:40]}, not {dtype}"
     return None
 
 

@@ -43,6 +43,7 @@ class LocalGrid(ClientGrid):
             if self.after_reply:
                 self.after_reply(reply)
             yield reply
+            del reply  # or it would be held while the next client is at work
 
     def context(self, client: int, run_id: int) -> Context:
         """Return a client's Flower context: who it is, and the state it keeps from round to round."""

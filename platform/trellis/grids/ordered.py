@@ -31,6 +31,7 @@ class Ordered(Layer):
                 yield reply
             elif position >= following:
                 early.setdefault(position, reply)
+            del reply  # or it would be held while the next one is made
             while following in early:
                 yield early.pop(following)
                 following += 1

@@ -110,6 +110,8 @@ class RayGrid(ClientGrid):
                 stop_ray()
             raise
 
+    in_process = False
+
     @property
     def workers(self) -> int:
         """Number of workers."""

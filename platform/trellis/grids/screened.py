@@ -29,6 +29,7 @@ PARDONED = ("quarantined", "direction")
 data may fall under. Every other code is something an honest client does not do, or hardly ever."""
 
 ExpectedOf = Callable[[Message], Expected | None]
+ProblemWith = Callable[[Message, Message], str | None]
 
 
 @dataclass
@@ -88,6 +89,8 @@ class Screened(Layer):
         settings: the scenario's ``screening``.
         expected: returns, for a message, the arrays its reply must hold; None (the default for every
             message) means those that were sent for "train", and leaves them open for "query".
+        problem_with: what the strategy itself finds wrong with the content of a reply, given the message that was
+            sent and the reply, as ``"code: reason"``; None if nothing. Asked after the gate's own checks.
 
     Attributes:
         offences: refused replies by client number, without those of a code in ``PARDONED``; quarantine starts
@@ -98,10 +101,18 @@ class Screened(Layer):
             reached the comparison with its cohort. The caller empties it.
     """
 
-    def __init__(self, inner: Grid, settings: Screening, *, expected: ExpectedOf | None = None) -> None:
+    def __init__(
+        self,
+        inner: Grid,
+        settings: Screening,
+        *,
+        expected: ExpectedOf | None = None,
+        problem_with: ProblemWith | None = None,
+    ) -> None:
         super().__init__(inner)
         self.settings = settings
         self.expected = expected
+        self.problem_with = problem_with
         self.offences: dict[int, int] = {}
         self.norms: dict[str, deque[float]] = {}
         self.counts: Counter[str] = Counter()
@@ -160,24 +171,29 @@ class Screened(Layer):
         for message in replies:
             if breach := ledger.breach(message):
                 self.counts[breach[0]] += 1
-                continue
-            to = ledger.close(message)
-            if message.has_error():
-                yield message
-                continue
-            reason = self._quarantined(to)
-            if reason is None:
-                reply = self._reply(message, to, payloads)
-                reason = self._offence(reply)
-            if reason is not None:
-                yield self._refuse(message, reason)
-            elif category(to) == "query":
-                yield message
             else:
-                cohort = self._cohort(cohorts, to)
-                yield from self._decided(cohort.take(reply))
+                yield from self._judged(message, ledger.close(message), cohorts, payloads)
+            del message  # or it would be held while the next one is made
         for cohort in cohorts.values():
             yield from self._decided(cohort.finish())
+
+    def _judged(
+        self, message: Message, to: Message, cohorts: dict[str, Cohort], payloads: dict[int, tuple[Expected, Values]]
+    ) -> Iterator[Message]:
+        """Yield what is decided now that one more reply is there."""
+        if message.has_error():
+            yield message
+            return
+        reason = self._quarantined(to)
+        if reason is None:
+            reply = self._reply(message, to, payloads)
+            reason = self._offence(reply)
+        if reason is not None:
+            yield self._refuse(message, reason)
+        elif category(to) == "query":
+            yield message
+        else:
+            yield from self._decided(self._cohort(cohorts, to).take(reply))
 
     def _decided(self, decisions: Iterable[tuple[Reply, str | None]]) -> Iterator[Message]:
         for reply, reason in decisions:
@@ -205,7 +221,8 @@ class Screened(Layer):
 
     def _offence(self, reply: Reply) -> str | None:
         try:
-            return offence(reply)
+            found = offence(reply)
+            return self.problem_with(reply.to, reply.message) if found is None and self.problem_with else found
         except Exception as error:  # whatever a stranger's reply makes a check raise must not end the round
             return f"unreadable: {type(error).__name__} while reading the reply"
 

@@ -34,6 +34,7 @@ class ReplyTrace:
         reason: the error's reason, one line; None if ok.
         metrics: the numbers it reports; lists are left out.
         seconds: the client's own time, None if it did not say.
+        cpu_seconds: likewise of its process's CPU.
         bytes_up: payload in bytes; 0 of what was not admitted, whose content is gone.
         message_id: id of the message it answers.
     """
@@ -44,6 +45,7 @@ class ReplyTrace:
     reason: str | None
     metrics: dict[str, int | float]
     seconds: float | None
+    cpu_seconds: float | None
     bytes_up: int
     message_id: str
 
@@ -92,6 +94,7 @@ class Traced(Layer):
         for reply in super().stream(sent, timeout=timeout):
             self._count_up(reply)
             yield reply
+            del reply  # or it would be held while the next one is made
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = list(messages)
@@ -132,7 +135,8 @@ def traced(reply: Message) -> ReplyTrace:
         ok=ok,
         reason=None if ok else _reason(reply),
         metrics=_numbers(content),
-        seconds=_seconds(content),
+        seconds=_seconds(content, "seconds"),
+        cpu_seconds=_seconds(content, "cpu_seconds"),
         bytes_up=content_bytes(content),
         message_id=said.reply_to_message_id,
     )
@@ -149,9 +153,9 @@ def _numbers(content: RecordDict) -> dict[str, int | float]:
     return {name: value for record in found for name, value in record.items() if isinstance(value, int | float)}
 
 
-def _seconds(content: RecordDict) -> float | None:
-    """Return the time the client says it took, if it is one: the record is the client's word."""
-    value = config_record(content, TIMING).get("seconds")
+def _seconds(content: RecordDict, key: str) -> float | None:
+    """Return a time the client says it took, if it is one: the record is the client's word."""
+    value = config_record(content, TIMING).get(key)
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         return None
     return float(value)
