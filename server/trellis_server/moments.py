@@ -163,8 +163,9 @@ def _check_covariances(answer: Answer, layout: Layout) -> None:
             squares = upper(second["triangles"][part], layout.features)
         largest = squares[:, diagonal, diagonal].max(axis=1, initial=0.0)
         squares[:, diagonal, diagonal] += tolerance * largest[:, None]
-        # The factorisation exists where all eigenvalues are above about -tolerance * largest. It reads the upper half.
-        _, failed = torch.linalg.cholesky_ex(torch.from_numpy(squares), upper=True)
+        # The factorisation exists where all eigenvalues are above about -tolerance * largest. It reads the lower half
+        # of the transposes, which lie in memory as LAPACK wants them.
+        _, failed = torch.linalg.cholesky_ex(torch.from_numpy(squares).mT)
         for label, variance, wrong, square in zip(labels, largest, failed.tolist(), squares, strict=True):
             if wrong and (variance > 0 or square.any()):
                 raise RefusedError(f"psd: the covariance of class {label} is not positive semidefinite")

@@ -20,7 +20,7 @@ from trellis.errors import RoundError
 from trellis_server import folding
 
 flower.enter_run()
-FOLDING = ["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold"]
+FOLDING = ["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "ccvr"]
 
 
 def reply(

@@ -32,7 +32,15 @@ NEEDED: Mapping[str, dict[str, Any]] = {
 }
 """Parameters without which Flower does not build a strategy."""
 
-STRATEGIES = sorted(registry.plugins("strategies"))
+PLAYED = ("weights", "trees", "scaffold")
+"""What the clients here can answer with. A strategy that merges something else is tested with its own trainer."""
+
+
+def facts(name: str) -> Mapping[str, Any]:
+    return registry.info_of(registry.load("strategies", name)).facts
+
+
+STRATEGIES = sorted(name for name in registry.plugins("strategies") if facts(name)["merges"] in PLAYED)
 
 
 def scenario_for(name: str, *, cohort: int | None = None, evaluators: int | None = None, **params: Any) -> Scenario:
@@ -50,10 +58,6 @@ def scenario_for(name: str, *, cohort: int | None = None, evaluators: int | None
 
 def build(name: str, seed: int = 0, **options: Any) -> Strategy:
     return build_strategy(scenario_for(name, **options), CLIENTS, seed)
-
-
-def facts(name: str) -> Mapping[str, Any]:
-    return registry.info_of(registry.load("strategies", name)).facts
 
 
 def initial(name: str) -> ArrayRecord:

@@ -37,7 +37,7 @@ at most, and an example has one class."""
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of m classes in float64: ``labels`` and ``counts`` ``(m,)``, ``means``, ``covariances`` ``(m, D, D)``."""
+    """Statistics of m classes: int64 ``labels`` and ``counts``, ``means`` ``(m, D)``, ``covariances`` ``(m, D, D)``."""
 
     labels: Tensor
     counts: Tensor
@@ -72,14 +72,15 @@ def answer(trainer: Trainer, model: nn.Module, data: ClientData, state: State, t
 def extract(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     """Return features ``(n, D)`` and labels ``(n,)`` of a split on the CPU, the model in evaluation mode."""
     features: Any = getattr(model, "features", None)
-    if not callable(features) or not isinstance(getattr(model, "head", None), nn.Linear):
+    head: Any = getattr(model, "head", None)
+    if not callable(features) or not isinstance(head, nn.Linear):
         raise PluginError(
             "model-head", f"{type(model).__name__} has no features(x) and linear head; moments are of what enters it"
         )
     model.eval()
     parts = [(features(batch.x).cpu(), batch.y.cpu()) for batch in in_order(split, BATCH)]
     if not parts:
-        return torch.zeros(0, model.head.in_features), torch.zeros(0, dtype=torch.int64)  # type: ignore[union-attr]
+        return torch.zeros(0, head.in_features), torch.zeros(0, dtype=torch.int64)
     return torch.cat([z for z, _ in parts]), torch.cat([y for _, y in parts])
 
 

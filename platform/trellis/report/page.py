@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trellis.report import charts, figures, reading, units
+from trellis.report import calibration, charts, figures, reading, units
 from trellis.report.charts import Dot, Line
 from trellis.report.figures import REST, Series, Spread
 from trellis.report.reading import Cell, Failure, Row, Run
@@ -53,6 +53,7 @@ def context(run: Run) -> Section:
         "facts": facts(run),
         "learning": learning(series, source, name),
         "clients": clients(series, name),
+        "calibration": calibration.section(series),
         "partitions": partitions(series),
         "cost": cost(series),
         "overhead": overhead(run, series),

@@ -68,13 +68,14 @@ class Moon(Trainer):
 
     def loss(self, model: nn.Module, batch: Batch, turn: Turn) -> Tensor:  # noqa: ARG002
         features: Tensor = model.features(batch.x)  # type: ignore[operator]
-        loss = F.cross_entropy(model.head(features), batch.y)  # type: ignore[operator]
+        loss: Tensor = F.cross_entropy(model.head(features), batch.y)  # type: ignore[operator]
         if self.anchor is None or self.previous is None or not self.config.mu:
             return loss
         with torch.no_grad():
             near: Tensor = self.anchor.features(batch.x)  # type: ignore[operator]
             far: Tensor = self.previous.features(batch.x)  # type: ignore[operator]
-        return loss + self.config.mu * contrast(features, near, far, self.config.temperature)
+        mu: float = self.config.mu
+        return loss + mu * contrast(features, near, far, self.config.temperature)
 
     def _frozen(self, model: nn.Module, arrays: Mapping[str, Tensor]) -> nn.Module:
         """Return a copy of the model with the given shared arrays, in evaluation mode and without gradients."""
