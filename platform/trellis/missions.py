@@ -53,6 +53,7 @@ class Schedule:
     def __init__(self, config: Missions, num_classes: int, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self._drawn: dict[tuple[int, int], tuple[int, ...]] = {}
         base = config.base_classes
         if base is None:
             base = num_classes // 2
@@ -80,6 +81,12 @@ class Schedule:
     def classes(self, mission: int, client: int) -> tuple[int, ...]:
         """Return the labels that a mission shows a client, rising."""
         assert mission >= 1 and client >= 0, (mission, client)
+        key = mission, client
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(mission, client)
+        return self._drawn[key]
+
+    def _draw(self, mission: int, client: int) -> tuple[int, ...]:
         if self.config.visits is not None:
             lists = self.config.visits[(mission - 1) % len(self.config.visits)]
             return tuple(sorted(set(lists[client % len(lists)])))

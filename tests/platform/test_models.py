@@ -29,6 +29,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ],
     *[("resnet", {"norm": norm, "depth": 14, "width": 4}, LARGE) for norm in ("none", "batch", "group")],
     ("resnet", {}, SMALL),
+    ("four-conv", {"width": 8}, LARGE),
+    ("four-conv", {"width": 8}, (1, 28, 28)),
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from trellis import registry
 from trellis.errors import PluginError
 
@@ -54,7 +55,7 @@ def test_two_packages_cannot_offer_one_name(installed):
 
 def test_a_third_partys_broken_trainer_says_so_and_stops_no_other(installed):
     installed("broken_package", "broken = broken_package:Mine", "raise RuntimeError('no licence')")
-    with pytest.raises(PluginError, match="broken_package:Mine.*RuntimeError: no licence"):
+    with pytest.raises(PluginError, match=r"broken_package:Mine.*RuntimeError: no licence"):
         registry.load("trainers", "broken")
     assert registry.load("trainers", "sgd")
 

@@ -48,3 +48,23 @@ def test_generators_agree_with_their_seed():
         torch.randperm(9, generator=seeding.torch_generator(1)), torch.randperm(9, generator=seeding.torch_generator(1))
     )
     assert same
+
+
+def test_a_scope_restores_the_second_of_a_pair_of_gaussian_numbers():
+    np.random.seed(5)
+    undisturbed = np.random.standard_normal(4).tolist()
+    np.random.seed(5)
+    first = np.random.standard_normal()
+    with seeding.scoped(1), seeding.scoped(2):
+        np.random.standard_normal()
+    assert [first, *np.random.standard_normal(3)] == undisturbed
+
+
+def test_a_scope_inside_another_leaves_the_outer_one_as_it_was():
+    with seeding.scoped(1):
+        undisturbed = [draw() for _ in range(2)]
+    with seeding.scoped(1):
+        first = draw()
+        with seeding.scoped(2):
+            draw()
+        assert [first, draw()] == undisturbed
