@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ def cheapest(name: str) -> tuple[Path, list[str]]:
     """Return a scenario of the repository that uses a trainer, else a small one that can."""
     for path in SCENARIOS:
         for variant, each in scenario.expand(scenario.read(path)):
-            if each.trainer.name == name and not variant:
-                return path, []
+            if each.trainer.name == name:
+                parts = scenario.plain(each)
+                own = [f"{key}={json.dumps(parts[key])}" for key in scenario.COMPONENTS.values()]
+                return path, ["variants={}", *own] if variant else []
     info = registry.info_of(registry.load("trainers", name))
     strategy = next(iter(info.facts.get("strategies") or ("fedavg",)))
     overrides = [f"trainer={name}", f"strategy={strategy}"]

@@ -7,8 +7,9 @@ once, and that answer counts. How it answers, and what it keeps, changes or uplo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +20,7 @@ from trellis.data.base import Batch, ClientData
 from trellis.data.streams import Stream, StreamConfig
 from trellis.errors import DataError
 from trellis.models import adaptation
-from trellis_clients.trainer import Metrics, State, Trainer, TrainerConfig, Turn
+from trellis_clients.trainer import Metrics, State, Task, Trainer, TrainerConfig, Turn
 
 SOURCE = "source"
 """Record of the first message to a client, and key of its state: the whole source model."""
@@ -57,8 +58,10 @@ class EdgeTrainer(Trainer):
     class Config(EdgeConfig):
         """Nothing beyond the family's."""
 
-    source: dict[str, Tensor] | None = None
-    """The source model of this process, once the cloud has sent it; None: the model as it was built."""
+    def __init__(self, config: Any, task: Task) -> None:
+        super().__init__(config, task)
+        self.source: dict[str, Tensor] | None = None  # the cloud puts its own here, to judge it by ``evaluate``
+        self.work = Work()
 
     def build(self) -> nn.Module:
         """Return the scenario's model with everything frozen but the affine parameters.
@@ -72,6 +75,9 @@ class EdgeTrainer(Trainer):
                 "edge-no-norm", "the model has no normalisation layers to adapt; choose one, e.g. model.norm=batch"
             )
         return model
+
+    def prepare(self, model: nn.Module, data: ClientData, state: State, turn: Turn) -> None:
+        """Do what must be done once per turn before the stream goes on; by default nothing."""
 
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what crosses the wire: scale and shift of the normalisation layers."""
@@ -95,6 +101,7 @@ class EdgeTrainer(Trainer):
         self._deploy(model, state, turn)
         stream, position = self.stream(data), int(state.get(POSITION, 0))
         batches = [stream.batch(position + k) for k in range(int(turn.config["batches"]))]
+        self.prepare(model, data, state, turn)
         self.work = Work()
         right = seen = 0
         surprise = 0.0
@@ -135,8 +142,9 @@ class EdgeTrainer(Trainer):
         return (pixels * 255).round().to(torch.uint8) if self.config.upload == "uint8" else pixels
 
 
-def normalise_with(model: nn.Module, rate: float, started: bool = True) -> Iterator[None]:
-    """Move the running statistics towards each batch's own before they are used; a generator to be closed.
+@contextmanager
+def moving_statistics(model: nn.Module, rate: float, started: bool = True) -> Iterator[None]:
+    """Move the batch-norm layers' running statistics towards each batch's own before they are used.
 
     ``running += rate * (batch - running)``, both biased. With rate 1 this is prediction-time batch norm, with 0 the
     source's statistics. ``started`` False takes the first batch's as they are.
