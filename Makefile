@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench schema clean
+.PHONY: help install demo test test-slow lint format bench claims schema clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,12 @@ format: install  ## mend what can be mended by itself
 
 bench: install  ## overhead against a bare loop, Flower's simulation and growing federations
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/flower_simulation.py
+
+claims: install  ## what the papers claim, measured at small scale; half an hour
+	$(BIN)/python benchmarks/claims_ccvr.py
+	$(BIN)/python benchmarks/claims_reconnaissance.py
+	$(BIN)/python benchmarks/claims_cema.py
 
 schema: install  ## write the JSON Schema of scenario files
 	$(BIN)/trellis schema > docs/scenario.schema.json

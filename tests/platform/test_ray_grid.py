@@ -505,3 +505,16 @@ def test_nothing_is_sent_too_far_ahead_of_the_oldest_open_message() -> None:
     assert [turn.position for turn in iter(lambda: turns.next(beside=replace(third, alone=True)), None)] == []
     turns.give_back([third])
     assert turns.waiting[0] is third
+
+
+def test_fewer_large_models_wait_for_an_earlier_clients_reply() -> None:
+    from trellis.grids import ray as grid
+
+    def messages(size: int) -> list[Message]:
+        content = RecordDict({"arrays": records.array_record({"w": np.zeros(size, np.uint8)})})
+        return [Message(content, flower.node_of(client), "train") for client in range(3)]
+
+    flower.enter_run()
+    assert grid._window(messages(1000), workers=2) == 16
+    assert grid._window(messages(8_000_000), workers=2) == 8
+    assert grid._window(messages(80_000_000), workers=2) == 4

@@ -24,7 +24,7 @@ from trellis.grids._ray_crew import Crew, Seat, cause, deaths, last_line
 from trellis.grids._ray_session import start_ray, stop_ray
 from trellis.grids._ray_worker import AppFactory, Outcome, envelope
 from trellis.grids.base import ClientGrid
-from trellis.records import LiveArray
+from trellis.records import LiveArray, content_bytes
 
 __all__ = ["AppFactory", "RayGrid", "start_ray", "stop_ray"]
 
@@ -40,13 +40,17 @@ STRANDED_AFTER_S = 1.0
 
 log = logging.getLogger(__name__)
 
+AHEAD_BYTES = 64_000_000
+"""Replies that may wait for an earlier client's, taken to be as large as their messages. Two a worker always may."""
+
 
 class RayGrid(ClientGrid):
     """Run an unmodified Flower ``ClientApp`` in Ray actors, one per worker, on this machine or a cluster.
 
     Replies come as they are ready; ``Ordered`` around this grid puts them in order. At most
-    ``max(4 * workers, 16)`` messages are under way or answered ahead of the oldest open one, which bounds what
-    ``Ordered`` has to keep; behind a straggler the other workers go on that far and then wait for it.
+    ``max(4 * workers, 16)`` messages, fewer of large models, are under way or answered ahead of the oldest open
+    one, which bounds what ``Ordered`` and the object store have to keep; behind a straggler the other workers go
+    on that far and then wait for it.
 
     A client cannot hurt another: one that raises, hangs, exits, is killed, or replies with something that
     cannot be sent gets an error reply, its worker is replaced where need be, and the round goes on. A client
@@ -161,7 +165,7 @@ class RayGrid(ClientGrid):
         try:
             self.start()
             end = None if timeout is None else time.monotonic() + timeout
-            cohort = Cohort(messages, window=max(4 * self.workers, 16))
+            cohort = Cohort(messages, window=_window(messages, self.workers))
             while cohort.open:
                 self._crew.check_open()
                 if end is None or time.monotonic() < end:
@@ -324,3 +328,10 @@ def _owned(state: RecordDict) -> RecordDict:
             record = copy
         result[name] = record
     return result
+
+
+def _window(messages: list[Message], workers: int) -> int:
+    """Return how many messages may be under way or answered ahead of the oldest open one."""
+    contents = {id(message.content): message.content for message in messages if message.has_content()}
+    largest = max(map(content_bytes, contents.values()), default=0)
+    return max(2 * workers, min(max(4 * workers, 16), AHEAD_BYTES // max(largest, 1)))
