@@ -8,9 +8,7 @@ complete: written back with ``dump`` and read again, it is the same scenario.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +17,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from trellis import registry
+from trellis import registry, safe_yaml
 from trellis.errors import ScenarioError, listed, nearest
-
-MAX_BYTES = 1_000_000
-MAX_DEPTH = 40
-MAX_ALIASES = 100
 
 COMPONENTS = {
     "datasets": "data",
@@ -198,60 +192,6 @@ def check_cohorts(scenario: Scenario, clients: int) -> None:
         raise ScenarioError("scenario-cohort", problem)
 
 
-class _SafeLoader(yaml.SafeLoader):
-    """YAML without tags, duplicate keys, alias bombs or bottomless nesting."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.depth = 0
-        self.aliases = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases")
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: ARG002 (PyYAML calls it so)
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
-
-
-# YAML 1.1 reads ``1e-3`` as text; every researcher writes it meaning a number.
-_SafeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML with the project's limits. ``source`` names the text in errors."""
-    if len(text) > MAX_BYTES:
-        raise ScenarioError("scenario-size", f"{source}: {len(text)} characters; at most {MAX_BYTES}")
-    try:
-        loader = _SafeLoader(io.StringIO(text))
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ScenarioError("scenario-yaml", f"{source}: not readable as YAML: {error}") from None
-
-
 def read(path: Path, overrides: Sequence[str] = ()) -> Scenario:
     """Read a scenario file and apply ``key.path=value`` overrides, without looking up any plug-in.
 
@@ -264,7 +204,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Scenario:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ScenarioError("scenario-yaml", f"{path}: not UTF-8 text") from None
-    raw = parse_yaml(text, str(path))
+    raw = safe_yaml.parse(text, str(path))
     if not isinstance(raw, dict):
         raise ScenarioError("scenario-yaml", f"{path}: expected keys and values at the top, got {type(raw).__name__}")
     raw.setdefault("base", str(path.resolve().parent))
@@ -289,7 +229,7 @@ def with_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ScenarioError("scenario-override", f"--set {override!r}: expected key.path=value")
-    value = parse_yaml(text, f"--set {key}")
+    value = safe_yaml.parse(text, f"--set {key}")
     component = parts[0] in COMPONENTS.values()
     if component and len(parts) == 2 and parts[1] == "name":
         parts, value = parts[:1], {"name": value}

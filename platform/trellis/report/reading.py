@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trellis import scenario as scenarios
+from trellis import safe_yaml
 from trellis.errors import RunError, ScenarioError
 
 Row = Mapping[str, Any]
@@ -258,7 +258,7 @@ def _partition(path: Path, notes: _Notes) -> Partition | None:
 def _scenario(path: Path, notes: _Notes) -> tuple[str, Row]:
     try:
         text = path.read_text(encoding="utf-8")
-        data = scenarios.parse_yaml(text, path.name)
+        data = safe_yaml.parse(text, path.name)
     except (OSError, UnicodeDecodeError) as error:
         notes.add(path, _why(error))
         return "", {}
