@@ -1,18 +1,19 @@
-"""Time a round of the same federation on Trellis's Ray grid and on Flower's own simulation.
+"""Time a round of the same federation on Trellis's own grids and on Flower's own simulation.
 
     python benchmarks/flower_simulation.py [--rounds 40] [--repeats 3]
 
 Ten clients, a perceptron of one hidden layer of 16 on 1,797 digits, every client trains one epoch and evaluates in
-every round. The client code, the data, the arithmetic and the cores are the same in all three arms:
+every round. The client code, the data, the arithmetic and the cores are the same in all four arms:
 
-- ``trellis run``: the scenario with ``runtime.grid: ray``, one worker per core;
+- ``trellis run`` with ``runtime.grid: ray``, one worker per core;
+- ``trellis run`` with ``runtime.grid: local``: one process, one core, for clients too short to be worth a worker;
 - ``flwr run``, Trellis's server: the same two apps under Flower's simulation engine (Ray too, one CPU per client);
 - ``flwr run``, Flower's server: as before, but the rounds are those of Flower's own ``FedAvg.start``.
 
 Each arm runs in processes of its own. What counts is the time between the ends of two rounds, after the first ones
 and before the last, so that neither start-up nor shut-down is in it; beside it, the CPU seconds of all processes of
 the arm in that time. Arms take turns within a repeat. Screening and checkpoints, which Flower's server has not, are
-on in the other two.
+on in the other three. Ratios are those of each arm's seconds to the Ray grid's.
 """
 
 from __future__ import annotations
@@ -167,12 +168,12 @@ def measured(runs: Path, mark: str, rounds: int, run: Callable[[], None]) -> Sam
     return watch.sample(json.loads(path.read_text().splitlines()[-1])["central"]["loss"])
 
 
-def with_trellis(folder: Path, rounds: int) -> Sample:
-    """Run the scenario by ``trellis run`` on Ray."""
+def with_trellis(folder: Path, rounds: int, grid: str) -> Sample:
+    """Run the scenario by ``trellis run``."""
     (folder / "scenario.yaml").write_text(SCENARIO.format(rounds=rounds))
     mark = uuid.uuid4().hex
     command = [str(Path(sys.executable).parent / "trellis"), "run", str(folder / "scenario.yaml"), "--quiet"]
-    command += ["--runs", str(folder / "runs")]
+    command += ["--runs", str(folder / "runs"), "--set", f"runtime.grid={grid}"]
     return measured(
         folder / "runs", mark, rounds, lambda: done(subprocess.run(command, env=os.environ | {MARK: mark}, **CAPTURED))
     )
@@ -206,7 +207,8 @@ def done(result: subprocess.CompletedProcess[str]) -> None:
 
 
 ARMS: dict[str, Callable[[Path, int], Sample]] = {
-    "trellis run, grid ray": with_trellis,
+    "trellis run, grid ray": lambda folder, rounds: with_trellis(folder, rounds, "ray"),
+    "trellis run, grid local": lambda folder, rounds: with_trellis(folder, rounds, "local"),
     "flwr run, Trellis's server": lambda folder, rounds: with_flower(folder, rounds, "trellis_server.app:app"),
     "flwr run, Flower's FedAvg": lambda folder, rounds: with_flower(folder, rounds, "server:app"),
 }
