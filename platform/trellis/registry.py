@@ -31,6 +31,9 @@ from typing import Any, TypeVar
 
 from trellis.errors import PluginError, listed, nearest
 
+TRAIN_PACKAGES = frozenset({"torch", "flwr", "flwr_datasets", "sklearn", "safetensors", "PIL", "ray", "datasets"})
+"""Imports that the extra ``train`` brings; an installation for an edge device has none of them."""
+
 GROUPS = ("datasets", "partitioners", "models", "trainers", "strategies")
 PROVIDERS = "trellis.providers"
 
@@ -173,7 +176,8 @@ def load(group: str, name: str, *, base: Path | None = None) -> type:
     except Exception as error:
         raise PluginError(
             "plugin-import",
-            f"{_one(group)} {name!r} ({known[name].origin}) does not import: {type(error).__name__}: {error}",
+            f"{_one(group)} {name!r} ({known[name].origin}) does not import: {type(error).__name__}: {error}"
+            + _advice(error),
         ) from error
     return cls
 
@@ -194,6 +198,11 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _advice(error: Exception) -> str:
+    missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return ". Training and simulation need more: pip install 'trellis[train]'" if missing in TRAIN_PACKAGES else ""
 
 
 def _one(group: str) -> str:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from trellis import registry
+from trellis.errors import PluginError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +27,27 @@ def test_the_standard_librarys_platform_is_not_shadowed():
     assert str(ROOT) not in result.stdout.replace(str(ROOT / ".venv"), "")
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert not list((ROOT / "platform").glob("*.py"))
+
+
+def test_the_edge_extra_names_neither_torch_nor_flower():
+    wanted = {extra: set() for extra in ("", "edge", "train")}
+    for text in importlib.metadata.requires("trellis") or []:
+        requirement = Requirement(text)
+        for extra, names in wanted.items():
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                names.add(requirement.name)
+    heavy = {"torch", "flwr", "ray", "flwr-datasets", "scikit-learn"}
+    assert not heavy & (wanted[""] | wanted["edge"])
+    assert "onnxruntime" in wanted["edge"]
+    assert heavy <= wanted["train"]
+
+
+def test_without_torch_an_error_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("trellis.data.sets.digits")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(PluginError, match=r"pip install 'trellis\[train\]'"):
+        registry.load("datasets", "digits")
 
 
 def test_help_imports_no_heavy_library():
