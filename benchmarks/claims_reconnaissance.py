@@ -1,6 +1,6 @@
 """What federated reconnaissance claims, measured: accuracy over all classes against the number of classes learnt.
 
-    python benchmarks/claims_reconnaissance.py --json results.json
+    python benchmarks/claims_reconnaissance.py
 
 Runs ``scenarios/cloud/reconnaissance.yaml`` - prototypes, and three yardsticks - and prints one table by missions and
 one of costs, both as they stand in docs/methods/reconnaissance.md, and whether the claim holds.
@@ -21,13 +21,14 @@ from trellis.report.charts import Line
 from trellis.runs import Run, read_lines
 
 FILE = Path(__file__).resolve().parents[1] / "scenarios" / "cloud" / "reconnaissance.yaml"
+RESULTS = Path(__file__).parent / "results" / "claims_reconnaissance.json"
 LEAST_AHEAD = 0.20
 """Points of accuracy, as a share, by which prototypes must be ahead of averaged gradients at the end."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="write all figures there")
     parser.add_argument("--figure", type=Path, help="draw accuracy against classes learnt there, as SVG")
     parser.add_argument("--from-json", type=Path, help="take the figures of an earlier run instead of running")
     parser.add_argument("--set", action="append", default=[], help="change a key of the scenario")

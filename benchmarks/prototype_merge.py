@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prototype_merge.json")
     sizes = parser.parse_args()
     generator = np.random.default_rng(0)
     labels = np.arange(sizes.classes)
@@ -72,7 +74,10 @@ def main() -> None:
         "store_mb": round(sum(a.nbytes for a in store.state_dict().values()) / 1e6, 1),
         "largest_difference_from_running_mean": float(np.abs(means - running).max()),
     }
-    print(json.dumps(result, indent=1))
+    for name, value in result.items():
+        print(f"{name:40} {value:>12}")
+    sizes.out.parent.mkdir(parents=True, exist_ok=True)
+    sizes.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from report_runs import make_run, write_lines
 from trellis import report
-from trellis.report import calibration, figures, reading
+from trellis.report import calibration, figures, page, reading
 
 
 def calibrated(folder: Path, **changes: object) -> Path:
@@ -68,3 +70,10 @@ def test_damaged_figures_are_left_out(tmp_path: Path) -> None:
     assert section["by_class"][1]["values"] == ["–", "–"]
     none = calibrated(tmp_path / "none", **{"accuracy-after": None})
     assert calibration.section(figures.series_of(reading.read(none))) is None
+
+
+@pytest.mark.parametrize(
+    ("done", "planned", "shown"), [(3, 3.0, "3"), (2, 3.0, "2 of 3"), (4, 3.0, "3 and a last step"), (2, None, "2")]
+)
+def test_a_step_after_the_last_round_is_no_round_too_many(done, planned, shown):
+    assert page._rounds(str(done), done, planned) == shown

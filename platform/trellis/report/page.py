@@ -104,6 +104,13 @@ def _note(name: str, spread: Spread, unfinished: int) -> str:
     return f"± {sd} (sd of {seeds})"
 
 
+def _rounds(shown: str, done: int, planned: float | None) -> str:
+    if planned is None or done == planned:
+        return shown
+    # A strategy with a step after the last round writes it down as one round more.
+    return f"{planned:,.0f} and a last step" if done > planned else f"{shown} of {planned:,.0f}"
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """Return the run's size in a few numbers."""
     planned = reading.finite(reading.at(run.scenario, "rounds", "count"))
@@ -113,7 +120,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     sizes = [len(cell.partition.counts) for cell in run.cells if cell.partition]
     pooled = figures.pooled_overhead(run.cells)
     return [
-        ("rounds", rounds if planned is None or done == planned else f"{rounds} of {planned:,.0f}"),
+        ("rounds", _rounds(rounds, done, planned)),
         *([("clients", f"{max(sizes):,}")] if sizes else []),
         ("wall time, all cells", units.duration(figures.total(run.cells, "seconds"))),
         ("sent down", units.size(figures.total(run.cells, "bytes_down"))),
