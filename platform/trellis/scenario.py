@@ -7,7 +7,6 @@ complete: written back with ``dump`` and read again, it is the same scenario.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -377,17 +376,6 @@ def plain(scenario: Scenario) -> dict[str, Any]:
 def dump(scenario: Scenario) -> str:
     """Return the scenario as YAML that ``read`` turns back into an equal scenario."""
     return yaml.safe_dump(plain(scenario), sort_keys=False, allow_unicode=True)
-
-
-def fingerprint(scenario: Scenario) -> str:
-    """Return a digest of what decides the result: all but name, description, base, grid and bookkeeping."""
-    data = plain(scenario)
-    for key in ("name", "description", "base", "checkpoint", "probe", "seeds", "variants"):
-        data.pop(key)
-    for key in ("grid", "workers", "address", "memory_per_worker_mb", "gpus_per_worker"):
-        data["runtime"].pop(key)
-    text = json.dumps(data, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @lru_cache

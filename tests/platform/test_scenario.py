@@ -141,9 +141,3 @@ def test_random_keys_never_escape_as_another_exception(raw):
         scenario.from_mapping({"name": "x", "data": "digits", **raw})
     except TrellisError as error:
         assert "\n" not in str(error)
-
-
-def test_fingerprint_ignores_the_grid_but_not_the_learning_rate(write):
-    base = scenario.load(write(GOOD))
-    assert scenario.fingerprint(base) == scenario.fingerprint(scenario.load(write(GOOD), ["runtime.grid=local"]))
-    assert scenario.fingerprint(base) != scenario.fingerprint(scenario.load(write(GOOD), ["trainer.lr=0.2"]))

@@ -21,7 +21,7 @@ class LocalGrid(ClientGrid):
     Args:
         app: the client app.
         num_clients: clients get node ids from ``flower.node_of(0)`` on and ``partition-id`` from 0 on.
-        after_reply: called with every reply as it is made; the benchmark of memory uses it.
+        after_reply: called with every reply as the client made it, before it is passed on.
     """
 
     def __init__(
