@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; say which: make PYTHON=python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,export,edge,timm,dev]'
 	@touch $@
 
 install: $(BIN)/.installed  ## make the environment in .venv and install everything
@@ -48,10 +48,8 @@ bench: install  ## overhead against a bare loop, Flower's simulation and growing
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/flower_simulation.py
 
-claims: install  ## what the papers claim, measured at small scale; half an hour
-	$(BIN)/python benchmarks/claims_ccvr.py
-	$(BIN)/python benchmarks/claims_reconnaissance.py
-	$(BIN)/python benchmarks/claims_cema.py
+claims: install  ## what the papers claim, measured at small scale: all (hours), or PAPER=cutmix
+	$(BIN)/python benchmarks/claims $(PAPER)
 
 schema: install  ## write the JSON Schema of scenario files
 	$(BIN)/trellis schema > docs/scenario.schema.json

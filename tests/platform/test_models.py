@@ -31,6 +31,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("resnet", {}, SMALL),
     ("four-conv", {"width": 8}, LARGE),
     ("four-conv", {"width": 8}, (1, 28, 28)),
+    ("vit", {"patch": 4, "depth": 2}, SMALL),
 ]
 
 
@@ -190,3 +191,38 @@ def test_torchvision_with_another_fault_keeps_its_error(tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('another fault')")
     program = "from trellis.models import torchvision_shim as shim\nshim.make_importable()"
     assert "another fault" in in_new_process(program, tmp_path)
+
+
+def test_a_vision_transformer_has_the_published_number_of_weights() -> None:
+    model = build("vit", (3, 224, 224), 1000, dim=768, depth=12, heads=12, patch=16, mlp_ratio=4)
+    assert sum(p.numel() for p in model.parameters()) == 86_567_656  # timm's vit_base_patch16_224
+
+
+def test_a_vision_transformer_with_its_weights_agrees_with_timm() -> None:
+    torchvision_shim.make_importable()
+    timm_layers = pytest.importorskip("timm.models.vision_transformer")
+    ours = build("vit", (3, 16, 16), 5, dim=32, depth=2, heads=4, patch=4, mlp_ratio=2).eval()
+    theirs = timm_layers.VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2).eval()
+    names = {"patchify": "patch_embed.proj", "class_token": "cls_token", "positions": "pos_embed"}
+    inside = {"attn.project": "attn.proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+    moved: dict[str, torch.Tensor] = {}
+    for name, values in ours.state_dict().items():
+        for old, new in {**names, **inside}.items():
+            name = name.replace(old, new)
+        moved[name] = values
+    theirs.load_state_dict(moved)
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_prompts_stand_behind_the_class_token() -> None:
+    model = build("vit", (1, 8, 8), 10, dim=8, depth=1, heads=2).eval()
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.features(x, torch.empty(0, 8)), model.features(x))
+    assert not torch.allclose(model.features(x, torch.ones(3, 8)), model.features(x))
+
+
+@pytest.mark.parametrize(("options", "said"), [({"patch": 3}, "divides"), ({"dim": 30}, "multiple of")])
+def test_a_vision_transformer_says_what_does_not_fit(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        build("vit", (1, 8, 8), 10, **options)
