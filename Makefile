@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench claims schema clean
+.PHONY: help install demo test test-slow lint format bench claims schema protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; say which: make PYTHON=python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,export,edge,timm,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,deploy,export,edge,timm,dev]'
 	@touch $@
 
 install: $(BIN)/.installed  ## make the environment in .venv and install everything
@@ -53,6 +53,9 @@ claims: install  ## what the papers claim, measured at small scale: all (hours),
 
 schema: install  ## write the JSON Schema of scenario files
 	$(BIN)/trellis schema > docs/scenario.schema.json
+
+protos: install  ## write the code of the protocols in protos/
+	$(BIN)/python protos/generate.py
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

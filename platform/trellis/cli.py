@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trellis.errors import TrellisError, listed, nearest
+from trellis.deploy import commands
+from trellis.errors import PluginError, TrellisError, listed, nearest
 
 app = typer.Typer(
     name="trellis",
@@ -73,10 +74,11 @@ def run(
             raise TrellisError("usage", "--set cannot be used with --resume: a resumed run is the run it was")
         current = Run.open(resolve(resume, runs))
         scenario.check(current.scenario)
-    raise typer.Exit(_execute(current, quiet, json_))
+    raise typer.Exit(execute(current, quiet, json_))
 
 
-def _execute(current: Any, quiet: bool, as_json: bool) -> int:
+def execute(current: Any, quiet: bool, as_json: bool, grids: Any = None) -> int:
+    """Run an experiment with what a person wants to see of it; return the exit status."""
     from trellis import experiment, flower, report
     from trellis.progress import JsonLines, Live, Quiet
 
@@ -84,7 +86,7 @@ def _execute(current: Any, quiet: bool, as_json: bool) -> int:
     show: Any = JsonLines(sys.stdout) if as_json else Quiet() if quiet else Live(out, current)
     try:
         with show:
-            outcome = experiment.execute(current, show.hooks())
+            outcome = experiment.execute(current, show.hooks(), grids)
     finally:
         page = report.build(current.path)
     if as_json:
@@ -249,6 +251,50 @@ def info(group: str, name: str) -> None:
         out.print(f"  {key}: {json.dumps(value)}", markup=False)
 
 
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="folder, name/time, name, or 'latest'")],
+    to: Annotated[Path, typer.Option(help="file to write, e.g. model.onnx", show_default=False)],
+    quantize: Annotated[str, typer.Option(help="int8 or none")] = "int8",
+    variant: Annotated[str | None, typer.Option(help="which variant of the run, if it has several")] = None,
+    seed: Annotated[int | None, typer.Option(help="which seed of the run, if it has several")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="write nothing if accuracy falls by more percentage points")
+    ] = None,
+    calibration: Annotated[int, typer.Option(help="training examples that int8 ranges are measured on")] = 256,
+    json_: Annotated[bool, typer.Option("--json", help="print the report as one JSON object")] = False,
+    runs: Root = RUNS,
+) -> None:
+    """Write a finished run's model as an ONNX file for the edge."""
+    from trellis.experiment import app_module
+    from trellis.runs import resolve
+
+    report = app_module("export").export_run(
+        resolve(name, runs),
+        to,
+        precision=quantize,
+        variant=variant,
+        seed=seed,
+        max_drop=max_drop,
+        calibration=calibration,
+    )
+    if json_:
+        sys.stdout.write(json.dumps(report.as_dict()) + "\n")
+    else:
+        for line in report.lines():
+            out.print(line, markup=False)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def edge(context: typer.Context) -> None:
+    """Run a model on a device, without torch: `trellis edge serve MODEL.onnx`."""
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="trellis.apps", name="edge"):
+        raise typer.Exit(entry.load().main(context.args))
+    raise PluginError("app-missing", "no installed package runs models on a device: pip install 'trellis[edge]'")
+
+
 @new_app.command("trainer")
 def new_trainer(
     name: Annotated[str, typer.Argument(help="e.g. my-method")],
@@ -270,6 +316,9 @@ def _group(text: str) -> str:
     raise TrellisError(
         "plugin-group", f"no kind of plug-in is named {text!r}.{nearest(text, GROUPS)} Known: {listed(GROUPS)}"
     )
+
+
+commands.register(app)
 
 
 def main() -> NoReturn:

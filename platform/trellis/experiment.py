@@ -17,8 +17,8 @@ from trellis.grids.base import ClientGrid, StreamGrid
 from trellis.runs import CellFolder, Run, write_json
 from trellis.scenario import Runtime, Scenario
 
-GridFor = Callable[[Scenario, int], tuple[StreamGrid, Any]]
-"""Makes the grid for a scenario and its number of clients, with the sites of this process beside it."""
+GridFor = Callable[[Scenario, int, CellFolder], tuple[StreamGrid, Any]]
+"""Makes the grid for a scenario, its number of clients and its cell, with the sites of this process beside it."""
 
 Grids = Callable[[ModuleType, Mapping[str, Any]], AbstractContextManager[GridFor]]
 """Offers grids for the cells of an experiment, given the client side's module and the cells by name."""
@@ -116,7 +116,7 @@ def _run_cell(
     num_clients: int,
     hooks: Hooks,
 ) -> dict[str, Any]:
-    grid, sites = grid_for(each, num_clients)
+    grid, sites = grid_for(each, num_clients, folder)
     evaluator = client.Evaluator(sites, folder.name)
     with torch_threads(each.runtime.threads):
         summary: dict[str, Any] = server.run_cell(
@@ -151,7 +151,7 @@ def _grids(client: ModuleType, cells: Mapping[str, Any]) -> Iterator[GridFor]:
     """Offer the grid for a cell; cells of the same runtime and size share one, so workers start once."""
     live: dict[tuple[Runtime, int], tuple[ClientGrid, Any]] = {}
 
-    def grid_for(each: Scenario, num_clients: int) -> tuple[ClientGrid, Any]:
+    def grid_for(each: Scenario, num_clients: int, _: CellFolder) -> tuple[ClientGrid, Any]:
         key = (each.runtime, num_clients)
         if key not in live:
             for grid, _ in live.values():

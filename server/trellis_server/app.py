@@ -52,7 +52,7 @@ def _over(grid: Grid) -> experiment.Grids:
 
     @contextmanager
     def grids(client: ModuleType, cells: Mapping[str, Any]) -> Iterator[experiment.GridFor]:
-        def grid_for(_: Scenario, num_clients: int) -> tuple[StreamGrid, Any]:
+        def grid_for(_: Scenario, num_clients: int, __: CellFolder) -> tuple[StreamGrid, Any]:
             nodes = Numbered(ForeignGrid(grid), num_clients)
             _await_nodes(nodes)
             return nodes, client.Sites(cells)

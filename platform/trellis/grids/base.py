@@ -62,9 +62,11 @@ class ClientGrid(StreamGrid):
         states: Flower ``Context.state`` by client number, only of clients that keep something.
         changed: clients whose state changed since the caller last emptied this set (for checkpoints).
         in_process: whether clients run in this process, so that its CPU time is theirs too.
+        replays: whether clients may be asked to repeat a round's steps bare, for the overhead. It doubles their work.
     """
 
     in_process: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
 
     def __init__(self, num_clients: int) -> None:
         self._run = flower.enter_run()

@@ -1,0 +1,1 @@
+"""Real processes on real sockets: ``trellis serve``, ``trellis join``, ``trellis certs`` and ``trellis token``."""

@@ -1,0 +1,181 @@
+"""The commands of a deployment: serve, join, certs, token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from trellis.errors import TrellisError
+
+Root = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="TRELLIS_RUNS")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="override, e.g. --set trainer.lr=0.1", metavar="KEY=VALUE")
+]
+TOKEN = "TRELLIS_TOKEN"
+STATE = Path("node")
+
+
+def serve(
+    file: Annotated[Path | None, typer.Argument(help="scenario file", show_default=False)] = None,
+    address: Annotated[str, typer.Option(help="host:port to listen on")] = "127.0.0.1:7443",
+    certs: Annotated[
+        Path | None, typer.Option(help="folder with server.pem and server.key, e.g. from `trellis certs`")
+    ] = None,
+    mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="nodes must show a certificate of ca.pem")] = False,
+    nodes: Annotated[Path | None, typer.Option(help="allow-list; read again whenever it changes")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain text, anybody may join; loopback only")] = False,
+    insecure_beyond_loopback: Annotated[bool, typer.Option("--insecure-beyond-loopback", hidden=True)] = False,
+    min_clients: Annotated[
+        int | None, typer.Option(help="rounds start once this many are there; all if not given")
+    ] = None,
+    compression: Annotated[str, typer.Option(help="of payloads to nodes: none, zstd")] = "none",
+    updates: Annotated[str, typer.Option(help="lossy shortening of updates: none, float16, int8")] = "none",
+    leave_after: Annotated[float, typer.Option(help="seconds after which a lost node fails its task")] = 30.0,
+    give_up_after: Annotated[float, typer.Option(help="seconds without any node after which the run stops")] = 300.0,
+    max_payload_mb: Annotated[int, typer.Option(help="largest payload taken or sent")] = 2000,
+    metrics_address: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics")] = None,
+    set_: Set = None,
+    resume: Annotated[str | None, typer.Option(help="continue a run: its folder, name/time, or 'latest'")] = None,
+    runs: Root = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print only where the report is")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object a line")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, to stderr")] = False,
+) -> None:
+    """Run a scenario on nodes that join over gRPC: Flower's strategies here, the clients there."""
+    from trellis import cli, scenario
+    from trellis.deploy import logs, serving
+    from trellis.deploy.metrics import ServerMetrics
+    from trellis.runs import Run, resolve
+
+    if (file is None) == (resume is None):
+        raise TrellisError("usage", "give either a scenario file or --resume RUN")
+    logs.configure(log_json, role="server")
+    settings = serving.link_settings(
+        address,
+        certificate=certs / "server.pem" if certs else None,
+        key=certs / "server.key" if certs else None,
+        authority=certs / "ca.pem" if certs and mutual_tls else None,
+        nodes=nodes,
+        insecure=insecure,
+        beyond_loopback=insecure_beyond_loopback,
+        leave_after_s=leave_after,
+        give_up_after_s=give_up_after,
+        max_payload_bytes=max_payload_mb * 1_000_000,
+        uploads_bytes=max(max_payload_mb * 1_000_000 // 2, 100_000_000),
+    )
+    if file is not None:
+        current = Run.create(runs, scenario.load(file, set_ or []))
+    else:
+        assert resume is not None
+        if set_:
+            raise TrellisError("usage", "--set cannot be used with --resume: a resumed run is the run it was")
+        current = Run.open(resolve(resume, runs))
+        scenario.check(current.scenario)
+    metrics = ServerMetrics(metrics_address)
+    options = serving.Options(settings, min_clients, compression, updates)
+    host = address.rpartition(":")[0]
+
+    def listening(port: int) -> None:
+        text = f"Listening on {host}:{port}. Nodes join with: trellis join {host}:{port}"
+        (cli.err if json_ or quiet else cli.out).print(text, markup=False)
+
+    _stop_on_sigterm()
+    name = f"{current.path.parent.name}/{current.path.name}"
+    raise typer.Exit(cli.execute(current, quiet, json_, serving.grids(options, name, listening, metrics.count)))
+
+
+def join(
+    address: Annotated[str, typer.Argument(help="host:port of the server", show_default=False)],
+    node: Annotated[str, typer.Option(help="this node's name; by default its host's and process's")] = "",
+    node_config: Annotated[
+        str, typer.Option(help="e.g. 'client=3' and changes for this node: 'client=3 data.path=/data/mine.npz'")
+    ] = "",
+    state: Annotated[Path, typer.Option(help="folder for what this node keeps over restarts")] = STATE,
+    ca: Annotated[Path | None, typer.Option(help="certificate authority of the server, PEM")] = None,
+    cert: Annotated[
+        Path | None, typer.Option(help="this node's certificate, PEM; its key lies beside it as .key")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help=f"file with this node's token; else ${TOKEN}")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain text")] = False,
+    compression: Annotated[str, typer.Option(help="of answers: none, zstd")] = "none",
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(help="sha256:… of a plug-in file that the scenario may name here; see docs/deploy.md"),
+    ] = None,
+    code: Annotated[Path | None, typer.Option(help="folder with the plug-in files that are allowed")] = None,
+    give_up_after: Annotated[float | None, typer.Option(help="seconds without the server after which it ends")] = None,
+    metrics_address: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics")] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, to stderr")] = False,
+) -> None:
+    """Be a client of a deployed scenario: train on this machine when the server asks."""
+    from trellis import experiment
+    from trellis.deploy import joining, logs
+
+    logs.configure(log_json, role="node")
+    token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN)
+    where = joining.Where(address, ca=ca, certificate=cert, token=token, insecure=insecure)
+    reason = experiment.app_module("node").run(
+        where,
+        node=node,
+        config=joining.node_config(node_config),
+        state=state,
+        compression=compression,
+        allowed=allow_code or [],
+        code=code,
+        give_up_after_s=give_up_after,
+        metrics_address=metrics_address,
+    )
+    sys.stdout.write(f"{reason or 'stopped'}\n")
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(help="where the files go", show_default=False)],
+    host: Annotated[list[str] | None, typer.Option(help="name or address of the server, as nodes call it")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="also a client certificate for this node")] = None,
+    days: Annotated[int, typer.Option(help="until they expire")] = 365,
+) -> None:
+    """Write a development authority, the server's certificate, and one for each node named."""
+    from trellis.wire import certificates
+
+    hosts = host or ["localhost", "127.0.0.1"]
+    certificates.write(folder, hosts, node or [], days)
+    names = ", ".join([certificates.SERVER, *(node or [])])
+    sys.stdout.write(f"{folder}: ca.pem for the nodes; certificates and keys of {names} ({', '.join(hosts)})\n")
+
+
+def token(
+    node: Annotated[str, typer.Argument(help="the node's name", show_default=False)],
+    nodes: Annotated[Path, typer.Option(help="allow-list; made if it is not there")] = Path("nodes.yaml"),
+    client: Annotated[int | None, typer.Option(help="which client of the federation it is")] = None,
+    expires: Annotated[str | None, typer.Option(help="last day, YYYY-MM-DD")] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="shut the node out, at once")] = False,
+) -> None:
+    """Let a node in: print its new token, once, and put the token's digest on the allow-list."""
+    from trellis.deploy import allowing
+
+    if revoke:
+        allowing.revoke(nodes, node)
+        sys.stdout.write(f"{node} is revoked; a running server shuts it out within a second\n")
+        return
+    sys.stdout.write(f"{allowing.admit(nodes, node, client, expires)}\n")
+
+
+def _stop_on_sigterm() -> None:
+    """End on SIGTERM as on Ctrl-C: the round under way is given up, the folder resumes from the one before."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (serve, join, certs, token):
+        app.command()(command)
