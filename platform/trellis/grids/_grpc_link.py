@@ -403,8 +403,15 @@ class Link:
 
     async def leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
         node = await self._node(request.session, context)
-        reason = f"its node left: {request.reason[:200]}" if request.reason else "its node left"
-        self._shut_out(node, reason)
+        if request.for_good:
+            self._shut_out(node, f"its node left: {request.reason[:200]}" if request.reason else "its node left")
+            return pb.LeaveResponse()
+        log.info("node left", extra={"node": node.name, "client": node.client, "reason": request.reason[:200]})
+        self._sessions.pop(node.session, None)
+        node.stream += 1
+        node.wake.set()
+        node.gone_since = time.monotonic()
+        self._note_change()
         return pb.LeaveResponse()
 
     def _take(self, node: Node, name: str, answer: Answer) -> pb.SubmitResponse:

@@ -223,12 +223,14 @@ class SubmitResponse(_message.Message):
     def __init__(self, verdict: _Optional[_Union[Verdict, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("session", "reason")
+    __slots__ = ("session", "reason", "for_good")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FOR_GOOD_FIELD_NUMBER: _ClassVar[int]
     session: str
     reason: str
-    def __init__(self, session: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    for_good: bool
+    def __init__(self, session: _Optional[str] = ..., reason: _Optional[str] = ..., for_good: _Optional[bool] = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
     __slots__ = ()

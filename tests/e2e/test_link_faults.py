@@ -1,0 +1,214 @@
+"""What a fleet survives: killed processes, a network that goes away, slow links. The result is always the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import threading
+import time
+
+import pytest
+
+from deployment import SCENARIO, nodes, process, serve
+from federations import lines, sha, write
+from tcp_proxy import Proxy
+from trellis import experiment
+from trellis.deploy import allowing
+from trellis.grids.grpc import Settings
+from trellis.runs import read_lines
+from trellis.wire import certificates
+
+FOUR = range(4)
+LONG = SCENARIO.replace("lr: 0.1}", "lr: 0.1, local_epochs: 12}").replace("count: 3", "count: 6")
+"""Rounds that take a moment, so that a fault can hit the middle of one."""
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    return {text: sha(tmp_path_factory.mktemp("simulated"), text=text) for text in (SCENARIO, LONG)}
+
+
+# -- the network ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["cut", "silence"])
+def test_a_network_that_goes_away_for_a_while(tmp_path, simulated, fault):
+    """Two of four nodes lose the server in the middle of a round: connections break, or nothing passes any more."""
+    made: list[Proxy] = []
+    seconds = 2.0
+
+    def break_it() -> None:
+        (link,) = made
+        if fault == "cut":
+            link.cut()
+        else:
+            link.silent = True
+        time.sleep(seconds)
+        if fault == "silence":
+            link.cut()  # what was stalled is lost with its connections
+        link.mend()
+
+    with nodes(tmp_path) as fleet:
+
+        def listening(port):
+            made.append(Proxy(port))
+            for client in FOUR:
+                fleet.start(made[0].port if client < 2 else port, client)
+
+        def after(_, line):
+            if line["round"] == 1:
+                threading.Thread(target=break_it).start()
+
+        run, outcome = serve(
+            tmp_path,
+            listening,
+            text=LONG,
+            hooks=experiment.Hooks(on_round=after),
+            settings=Settings(beat_s=0.3, leave_after_s=30, give_up_after_s=60),
+        )
+        made[0].close()
+    assert not outcome.failed
+    assert outcome.summaries[0]["sha256"] == simulated[LONG]
+    rows = [(row["round"], row["phase"], row["client"]) for row in lines(run, "clients.jsonl")]
+    assert len(rows) == len(set(rows))  # every update counted once
+
+
+def test_a_slow_link_is_late_and_not_wrong(tmp_path, simulated):
+    with nodes(tmp_path) as fleet:
+        made: list[Proxy] = []
+
+        def listening(port):
+            made.append(Proxy(port))
+            made[0].bytes_per_second = 60_000
+            for client in FOUR:
+                fleet.start(made[0].port if client == 0 else port, client)
+
+        _, outcome = serve(tmp_path, listening)
+        made[0].close()
+    assert outcome.summaries[0]["sha256"] == simulated[SCENARIO]
+
+
+# -- processes ------------------------------------------------------------------------------------------
+
+
+class Fleet:
+    """A server and four nodes, each a process, with TLS and tokens, as an operator starts them."""
+
+    def __init__(self, folder, text):
+        self.folder = folder
+        self.scenario = write(folder, text)
+        self.port = 0
+        self.lines: queue.Queue[dict] = queue.Queue()
+        certificates.write(folder / "certs", ["127.0.0.1"])
+        self.tokens = [allowing.admit(folder / "nodes.yaml", f"node-{client}", client) for client in FOUR]
+        self.processes = []
+
+    def serve(self, *arguments):
+        made = process(
+            "serve", *arguments, "--certs", str(self.folder / "certs"), "--nodes", str(self.folder / "nodes.yaml"),
+            "--address", f"127.0.0.1:{self.port}", "--runs", str(self.folder / "runs"), "--json", "--log-json",
+            "--leave-after", "60",
+        )  # fmt: skip
+        self.processes.append(made)
+        threading.Thread(target=self._read, args=(made,), daemon=True).start()
+        self.log: list[str] = []
+        for line in made.stderr:
+            self.log.append(line)
+            if line.startswith("Listening on"):
+                self.port = int(line.split(".")[3].split(":")[1])
+                break
+        threading.Thread(target=self._drain, args=(made,), daemon=True).start()
+        return made
+
+    def join(self, client):
+        environment = {**os.environ, "TRELLIS_TOKEN": self.tokens[client]}
+        made = process(
+            "join", f"127.0.0.1:{self.port}", "--ca", str(self.folder / "certs" / "ca.pem"),
+            "--state", str(self.folder / f"node-{client}"), "--log-json", env=environment,
+        )  # fmt: skip
+        self.processes.append(made)
+        return made
+
+    def _read(self, made):
+        for line in made.stdout:
+            if line.startswith("{"):
+                self.lines.put(json.loads(line))
+
+    def _drain(self, made):
+        for line in made.stderr:
+            self.log.append(line)
+
+    def until_round(self, number):
+        while True:
+            line = self.lines.get(timeout=120)
+            if line.get("round") == number:
+                return
+
+    def summary(self):
+        (path,) = (self.folder / "runs").glob("*/*/cells/*/summary.json")
+        return json.loads(path.read_text())
+
+    def stop(self):
+        for each in self.processes:
+            if each.poll() is None:
+                each.kill()
+            each.wait(10)
+            for pipe in (each.stdout, each.stderr):
+                pipe.close()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    made = Fleet(tmp_path, LONG)
+    yield made
+    made.stop()
+
+
+def test_kill_a_node_in_its_task_and_the_server_in_its_round(fleet, simulated):
+    """kill -9 of each; both are started again as they were, and the run ends with the bits of an undisturbed one."""
+    server = fleet.serve(str(fleet.scenario))
+    members = [fleet.join(client) for client in FOUR]
+    fleet.until_round(1)
+    time.sleep(0.1)  # round 2 is under way
+    members[2].kill()
+    members[2].wait()
+    members[2] = fleet.join(2)
+    fleet.until_round(3)
+    time.sleep(0.1)
+    server.kill()
+    server.wait()
+    server = fleet.serve("--resume", "latest")
+    assert server.wait(120) == 0, fleet.log
+    assert fleet.summary()["sha256"] == simulated[LONG]
+    rows = read_lines(next((fleet.folder / "runs").glob("*/*/cells/*/metrics.jsonl")))
+    assert [row["round"] for row in rows] == list(range(7))
+    for member in members:
+        assert member.wait(30) == 0
+        assert "the run is over" in member.stdout.read()
+    text = "".join(fleet.log) + "".join(member.stderr.read() for member in members)
+    assert not any(token in text for token in fleet.tokens)
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert {"node joined", "joined", "task done"} <= {event["event"] for event in events}
+
+
+def test_sigterm_lets_a_task_finish_and_leaves_a_run_that_resumes(fleet, simulated):
+    server = fleet.serve(str(fleet.scenario))
+    members = [fleet.join(client) for client in FOUR]
+    fleet.until_round(1)
+    members[0].send_signal(signal.SIGTERM)
+    assert members[0].wait(30) == 0
+    members[0] = fleet.join(0)
+    fleet.until_round(2)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 130
+    server = fleet.serve("--resume", "latest")
+    assert server.wait(120) == 0, fleet.log
+    final = fleet.summary()
+    assert final["rounds"] == 6
+    for member in members:
+        assert member.wait(30) == 0
+    failures = [row["failures"] for row in read_lines(next((fleet.folder / "runs").glob("*/*/cells/*/metrics.jsonl")))]
+    if not any(failures):  # node 0 left between two tasks, so that nothing was lost
+        assert final["sha256"] == simulated[LONG]

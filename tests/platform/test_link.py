@@ -1,0 +1,393 @@
+"""The server's end of the link, called by a node that does not keep to the rules."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import threading
+import time
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from trellis import flower, records
+from trellis.grids.grpc import GrpcGrid, Settings
+from trellis.wire import methods
+from trellis.wire.content import Record, pack, unpack
+from trellis.wire.generated import link_pb2 as pb
+from trellis.wire.payload import chunks, encode
+
+SETTINGS = Settings(beat_s=0.3, leave_after_s=1.0, give_up_after_s=60.0, max_payload_bytes=5_000_000)
+W = np.arange(100_000, dtype=np.float32)
+
+
+@pytest.fixture
+def grid():
+    made = GrpcGrid(3, SETTINGS, run="a-run", min_clients=1)
+    made.describe("cell", {"rounds": {"clients_per_round": None}, "evaluation": {"clients": None}}, 0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def calls(grid):
+    with grpc.insecure_channel(f"127.0.0.1:{grid.link.port}") as channel:
+        yield methods.stubs(channel)
+
+
+def message(client=0, number=1):
+    content = RecordDict({"arrays": records.array_record({"w": W}), "config": ConfigRecord({"server-round": number})})
+    return Message(content, flower.node_of(client), "train")
+
+
+class Round:
+    """Messages under way in a thread, and their replies."""
+
+    def __init__(self, grid, *messages, timeout=20.0):
+        self.replies = []
+
+        def run():
+            for reply in grid.stream(messages, timeout=timeout):
+                self.replies.append(reply)
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+
+    def end(self):
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        return self.replies
+
+
+def join(calls, name="n", client=None, instance="i"):
+    request = pb.JoinRequest(protocol=1, node=name, instance=instance, kind=pb.NODE_KIND_TRAIN)
+    if client is not None:
+        request.client = client
+    return calls["Join"](request, timeout=10)
+
+
+def first_task(calls, session):
+    stream = calls["Work"](pb.WorkRequest(session=session), timeout=20)
+    for event in stream:
+        if event.WhichOneof("event") == "task":
+            return event.task, stream
+    raise AssertionError("the stream ended")
+
+
+def answer(value=1.0):
+    return pack({"arrays": Record("arrays", {"w": W + value}), "metrics": Record("metrics", {"num-examples": 3})})
+
+
+def parts(session, task, blob, change=lambda header, data: (header, data), size=50_000):
+    payload, data = encode(blob)
+    payload.inline = b""
+    header, data = change(pb.SubmitHeader(session=session, task_id=task, answer=payload), data)
+    yield pb.SubmitRequest(header=header)
+    for chunk in chunks(data, size=size):
+        yield pb.SubmitRequest(data=chunk)
+
+
+def submit(calls, *arguments, **options):
+    return calls["Submit"](parts(*arguments, **options), timeout=10)
+
+
+def test_a_task_is_fetched_and_answered(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, stream = first_task(calls, session)
+    assert task.kind == "train"
+    assert 0 < task.seconds_left <= 20
+    assert [record.name for record in task.records] == ["arrays", "config"]
+    big = task.records[0].payload
+    assert not big.inline
+    data = b"".join(part.data for part in calls["Fetch"](pb.FetchRequest(session=session, digest=big.digest)))
+    assert hashlib.sha256(data).hexdigest() == big.digest
+    np.testing.assert_array_equal(unpack(data)["record"].values["w"], W)
+    rest = calls["Fetch"](pb.FetchRequest(session=session, digest=big.digest, offset=len(data) - 5))
+    assert b"".join(part.data for part in rest) == data[-5:]
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    (reply,) = going.end()
+    np.testing.assert_array_equal(reply.content["arrays"]["w"].numpy(), W + 1)
+    stream.cancel()
+    assert grid.link.payloads.num_bytes == 0  # nothing refers to it any more
+    with pytest.raises(grpc.RpcError) as caught:
+        list(calls["Fetch"](pb.FetchRequest(session=session, digest=big.digest)))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_an_answer_counts_once(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, _ = first_task(calls, session)
+    verdicts = [submit(calls, session, task.id, answer(value)).verdict for value in (1.0, 2.0, 1.0)]
+    assert verdicts == [pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE, pb.VERDICT_DUPLICATE]
+    (reply,) = going.end()
+    assert reply.content["arrays"]["w"].numpy()[0] == 1.0
+
+
+def test_the_same_question_has_the_same_id(grid, calls):
+    """After a restart of the server a node recognises what it has done already."""
+    session = join(calls).session
+    ids = []
+    for number in (1, 1, 2):
+        going = Round(grid, message(number=number))
+        task, stream = first_task(calls, session)
+        ids.append(task.id)
+        grid.link._answered._ids.clear()
+        submit(calls, session, task.id, answer())
+        going.end()
+        stream.cancel()
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_open_tasks_come_again_on_a_new_stream_and_after_a_new_join(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, stream = first_task(calls, session)
+    stream.cancel()
+    again, stream = first_task(calls, session)
+    stream.cancel()
+    new = join(calls).session
+    third, _ = first_task(calls, new)
+    assert task.id == again.id == third.id
+    with pytest.raises(grpc.RpcError) as caught:
+        submit(calls, session, task.id, answer())
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert submit(calls, new, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert len(going.end()) == 1
+
+
+def test_a_node_that_stays_away_fails_its_task_and_a_deadline_ends_the_rest(grid, calls):
+    session, other = join(calls, "a", 0).session, join(calls, "b", 1).session
+    streams = [calls["Work"](pb.WorkRequest(session=each)) for each in (session, other)]
+    started = time.monotonic()
+    going = Round(grid, message(0), message(1), message(2), timeout=3.0)
+    task, stream = first_task(calls, session)
+    stream.cancel()
+    streams[0].cancel()
+    reasons = {flower.client_of(r.metadata.src_node_id): r.error.reason for r in going.end()}
+    assert "gone for 1 s" in reasons[0]
+    assert "deadline of 3 s" in reasons[1]
+    assert reasons[2] == "no node is this client"
+    assert time.monotonic() - started > 2.9
+    verdict = submit(calls, other, task.id, answer())
+    assert verdict.verdict == pb.VERDICT_STALE  # too late: it counts for nothing
+
+
+def cut(header, data):
+    return header, data[:-10]
+
+
+def longer(header, data):
+    return header, data + b"x"
+
+
+def altered(header, data):
+    return header, data[:-1] + b"\1"
+
+
+def lies(header, data):
+    header.answer.size -= 1
+    return header, data
+
+
+def huge(header, data):
+    header.answer.size = header.answer.decoded_size = 10**10
+    return header, data
+
+
+def by_one(header, data):
+    header.answer.size = header.answer.decoded_size = SETTINGS.max_payload_bytes + 1
+    return header, data
+
+
+def strange(header, data):
+    header.answer.encoding = 77
+    return header, data
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (longer, "more than"),
+        (altered, "digest"),
+        (lies, "two different sizes"),
+        (huge, "10000000000 bytes; at most 5000000"),
+        (by_one, "5000001 bytes"),
+        (strange, "encoding 77"),
+    ],
+)
+def test_a_wrong_payload_fails_its_client_and_nobody_else(grid, calls, change, said):
+    bad, good = join(calls, "bad", 0).session, join(calls, "good", 1).session
+    going = Round(grid, message(0), message(1))
+    (one, _), (two, _) = first_task(calls, bad), first_task(calls, good)
+    verdict = submit(calls, bad, one.id, answer(), change)
+    assert verdict.verdict == pb.VERDICT_REFUSED
+    assert said in verdict.reason
+    assert submit(calls, good, two.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    replies = {flower.client_of(r.metadata.src_node_id): r for r in going.end()}
+    assert said in replies[0].error.reason
+    assert replies[1].has_content()
+    assert grid.link._uploads in (0, len(answer()))  # room is given back
+
+
+def test_what_was_cut_short_may_be_sent_again(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, _ = first_task(calls, session)
+    verdict = submit(calls, session, task.id, answer(), cut)
+    assert verdict.verdict == pb.VERDICT_REFUSED
+    assert "bytes came" in verdict.reason
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert going.end()[0].has_content()
+
+
+def test_bytes_that_are_no_records_fail_their_client(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, _ = first_task(calls, session)
+    assert submit(calls, session, task.id, b"\x80\x04cos\nsystem\n" * 100).verdict == pb.VERDICT_ACCEPTED
+    assert "cannot be read" in going.end()[0].error.reason
+
+
+def test_calls_out_of_order_get_a_status(grid, calls):
+    def status(call):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        return caught.value.code()
+
+    code = grpc.StatusCode
+    session = join(calls, "a", 0).session
+    _stream = calls["Work"](pb.WorkRequest(session=session))
+    next(_stream)  # connected from here on
+    assert status(lambda: calls["Join"](pb.JoinRequest(protocol=9, node="x"))) is code.FAILED_PRECONDITION
+    assert status(lambda: join(calls, "no name!")) is code.INVALID_ARGUMENT
+    assert status(lambda: join(calls, "b", 3)) is code.OUT_OF_RANGE
+    assert status(lambda: join(calls, "b", 0)) is code.ALREADY_EXISTS
+    assert status(lambda: join(calls, "a", None, "another machine")) is code.ALREADY_EXISTS
+    assert status(lambda: next(calls["Work"](pb.WorkRequest(session="none")))) is code.NOT_FOUND
+    assert status(lambda: next(calls["Fetch"](pb.FetchRequest(session=session, digest="none")))) is code.NOT_FOUND
+    assert status(lambda: calls["Submit"](iter(()), timeout=10)) is code.INVALID_ARGUMENT
+    assert status(lambda: calls["Submit"](iter([pb.SubmitRequest(data=b"x")]), timeout=10)) is code.INVALID_ARGUMENT
+    assert submit(calls, session, "a task never given", answer()).verdict == pb.VERDICT_STALE
+
+
+def test_a_node_answers_for_itself_only(grid, calls):
+    one, two = join(calls, "a", 0).session, join(calls, "b", 1).session
+    going = Round(grid, message(0), message(1))
+    (mine, _), (others, _) = first_task(calls, one), first_task(calls, two)
+    assert submit(calls, one, others.id, answer(9.0)).verdict == pb.VERDICT_STALE
+    for session, task in ((one, mine), (two, others)):
+        assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert all(reply.content["arrays"]["w"].numpy()[0] == 1.0 for reply in going.end())
+
+
+def test_garbage_on_the_port_and_mutated_frames_leave_the_server_up_and_small(grid, calls):
+    rng = random.Random(0)
+    session = join(calls).session
+    going = Round(grid, message(), timeout=60.0)
+    task, _ = first_task(calls, session)
+    good = next(parts(session, task.id, answer())).SerializeToString()
+    raw = {
+        name: getattr(grpc.insecure_channel(f"127.0.0.1:{grid.link.port}"), methods.CALLS[name][0])(
+            f"/{methods.SERVICE}/{name}"
+        )
+        for name in methods.CALLS
+    }
+
+    def attack(count):
+        for _ in range(count):
+            frame = bytearray(good)
+            for _ in range(rng.randrange(1, 6)):
+                frame[rng.randrange(len(frame))] = rng.randrange(256)
+            frame = bytes(frame[: rng.randrange(len(frame))]) if rng.random() < 0.3 else bytes(frame)
+            for name in ("Join", "Submit", "Leave"):
+                if frame.find(session.encode()) >= 0 and name != "Join":
+                    continue  # these could be meant
+                try:
+                    raw[name](iter([frame]) if name == "Submit" else frame, timeout=10)
+                except grpc.RpcError as error:
+                    assert error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+
+    attack(50)
+    before = psutil.Process().memory_info().rss
+    attack(700)
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", grid.link.port)) as connection:
+            connection.sendall(rng.randbytes(5000))
+    assert psutil.Process().memory_info().rss - before < 50_000_000
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert going.end()[0].has_content()
+
+
+def test_a_shared_payload_is_encoded_once(grid, calls, monkeypatch):
+    from trellis.grids import grpc as module
+
+    encoded = []
+    original = module.encode
+    monkeypatch.setattr(module, "encode", lambda *a: encoded.append(len(a[0])) or original(*a))
+    shared = records.array_record({"w": W})
+    sessions = [join(calls, f"n{client}", client).session for client in range(3)]
+    messages = [Message(RecordDict({"arrays": shared}), flower.node_of(client), "train") for client in range(3)]
+    going = Round(grid, *messages)
+    tasks = [first_task(calls, session)[0] for session in sessions]
+    assert len(encoded) == 1
+    assert grid.link.payloads.num_bytes == encoded[0]
+    for session, task in zip(sessions, tasks, strict=True):
+        submit(calls, session, task.id, answer())
+    assert len(going.end()) == 3
+
+
+def test_uploads_wait_for_room_and_none_is_lost(calls, grid):
+    """Answers together are larger than what may be under way: they come one by one."""
+    object.__setattr__(grid.link.settings, "uploads_bytes", len(answer()) + 10)
+    sessions = [join(calls, f"n{client}", client).session for client in range(3)]
+    going = Round(grid, *[message(client) for client in range(3)])
+    tasks = [first_task(calls, session)[0] for session in sessions]
+    most = []
+
+    def send(session, task):
+        submit(calls, session, task.id, answer())
+        most.append(grid.link._uploads)
+
+    threads = [threading.Thread(target=send, args=pair) for pair in zip(sessions, tasks, strict=True)]
+    for thread in threads:
+        thread.start()
+    assert len([reply for reply in going.end() if reply.has_content()]) == 3
+    for thread in threads:
+        thread.join()
+    assert max(most) <= len(answer()) + 10
+
+
+def test_health_is_served(grid):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{grid.link.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", methods.SERVICE):
+            status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_node_that_leaves_for_a_while_finds_its_task_again(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    task, _ = first_task(calls, session)
+    calls["Leave"](pb.LeaveRequest(session=session, reason="restart"))
+    session = join(calls, instance="another").session  # nobody is connected under that name
+    again, _ = first_task(calls, session)
+    assert again.id == task.id
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert going.end()[0].has_content()
+
+
+def test_a_node_that_leaves_for_good_fails_its_task_at_once(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message())
+    first_task(calls, session)
+    calls["Leave"](pb.LeaveRequest(session=session, reason="maintenance", for_good=True))
+    assert going.end()[0].error.reason == "its node left: maintenance"
