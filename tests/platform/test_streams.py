@@ -121,6 +121,98 @@ def test_a_pass_shows_every_example_once_and_the_next_in_another_order():
     assert set(Counter(labels.tolist()).values()) == {4}
 
 
+def labelled(
+    count: int = 200, classes: int = 5, batch_size: int = 8, seed: int = 0, client: int = 0, **config
+) -> Stream:
+    """Return a stream whose examples carry their own number in the picture and ``number % classes`` as label."""
+    numbers = torch.arange(count)
+    x = (numbers / count).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    split = Split.whole(x=x, y=numbers % classes)
+    config = {"corruptions": (CLEAN,), "segment": 10, **config}
+    return Stream(StreamConfig(batch_size=batch_size, **config), split, (0.0,), (1.0,), seed, client)
+
+
+def shown(stream: Stream, batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels and numbers of the examples of the first batches."""
+    seen = [stream.batch(position) for position in range(batches)]
+    numbers = (torch.cat([x[:, 0, 0, 0] for x, _ in seen]) * len(stream.split)).round().long()
+    return torch.cat([y for _, y in seen]), numbers
+
+
+def changes(labels: torch.Tensor) -> int:
+    return int((labels[1:] != labels[:-1]).sum())
+
+
+def test_sorted_sections_show_one_class_after_another_each_in_its_own_order():
+    labels, _ = shown(labelled(labels="sorted"), 20)
+    first, second = labels[:80], labels[80:160]
+    for section in (first, second):
+        assert changes(section) == 4
+    assert first.unique_consecutive().tolist() != second.unique_consecutive().tolist()
+    assert changes(shown(labelled(), 20)[0]) > 100
+
+
+@pytest.mark.parametrize("order", ["sorted", "dirichlet"])
+@pytest.mark.parametrize("batch_size", [1, 7, 8])
+def test_label_orders_still_show_every_example_once_per_pass(order, batch_size):
+    stream = labelled(105, batch_size=batch_size, segment=15, labels=order)
+    numbers = shown(stream, 105)[1]  # as many passes as a batch has examples, and seven sections
+    times = Counter(numbers.tolist())
+    assert len(times) == 105
+    assert len(set(times.values())) == 1
+
+
+def test_a_batch_of_a_label_order_depends_on_seed_client_and_position_alone():
+    config = {"labels": "dirichlet", "rotate": False}
+    x, y = labelled(**config).batch(13)
+    again = labelled(**config)
+    again.batch(2)
+    assert torch.equal(again.batch(13)[0], x) and torch.equal(again.batch(13)[1], y)
+    assert not torch.equal(labelled(seed=1, **config).batch(13)[0], x)
+    assert not torch.equal(labelled(client=1, **config).batch(13)[0], x)
+
+
+def test_dirichlet_lies_between_sorted_and_shuffled_and_alpha_says_where():
+    runs = [
+        changes(shown(labelled(2000, segment=50, **config), 50)[0])
+        for config in (
+            {"labels": "sorted"},
+            {"labels": "dirichlet", "alpha": 0.02},
+            {"labels": "dirichlet", "alpha": 0.5},
+            {"labels": "dirichlet", "alpha": 100.0},
+            {"labels": "shuffled"},
+        )
+    ]
+    assert runs[0] < runs[1] < runs[2] < runs[3]
+    assert runs[3] == pytest.approx(runs[4], rel=0.1)
+    # Many small shares are like shuffled labels: a batch has nearly all classes. Few large ones are not.
+    few = shown(labelled(2000, segment=50, labels="dirichlet", alpha=0.02), 50)[0].view(50, 8)
+    many = shown(labelled(2000, segment=50), 50)[0].view(50, 8)
+    classes = [sum(len(batch.unique()) for batch in each) / 50 for each in (few, many)]
+    assert classes[0] < 0.6 * classes[1]
+
+
+def test_sections_take_label_orders_in_turn():
+    stream = labelled(2000, labels=("shuffled", "sorted"), corruptions=(CLEAN, "contrast"))
+    labels, _ = shown(stream, 40)
+    sections = labels.view(4, 80)
+    assert [changes(section) < 10 for section in sections] == [False, True, False, True]
+    assert StreamConfig.model_validate_json('{"labels": ["sorted", "dirichlet"]}').labels == ("sorted", "dirichlet")
+
+
+def test_batches_of_one_walk_every_schedule():
+    for schedule in ("abrupt", "gradual", "recurring"):
+        stream = labelled(12, batch_size=1, schedule=schedule, segment=3, corruptions=NAMES, labels="sorted")
+        seen = [stream.batch(position) for position in range(14)]
+        assert all(x.shape == (1, 1, 8, 8) and y.shape == (1,) and torch.isfinite(x).all() for x, y in seen)
+
+
+@pytest.mark.parametrize("config", [{"labels": "by class"}, {"labels": ()}, {"alpha": 0.0}, {"batch_size": 0}])
+def test_a_label_order_that_is_none_is_refused(config):
+    with pytest.raises(ValidationError):
+        StreamConfig(**config)
+
+
 def test_pixels_and_inputs_are_inverse():
     x, _ = stream(corruptions=(CLEAN,)).batch(0)
     torch.testing.assert_close(stream().to_inputs(stream().to_pixels(x)), x)
