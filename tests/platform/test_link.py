@@ -137,7 +137,7 @@ def test_the_same_question_has_the_same_id(grid, calls):
         going = Round(grid, message(number=number))
         task, stream = first_task(calls, session)
         ids.append(task.id)
-        grid.link._answered._ids.clear()
+        grid.link._answered.clear()
         submit(calls, session, task.id, answer())
         going.end()
         stream.cancel()

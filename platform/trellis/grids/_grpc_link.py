@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class Link:
         self.none_since: float | None = time.monotonic()
         self.port = 0
         self._sessions: dict[str, Node] = {}
-        self._answered = Recent()
+        self._answered: defaultdict[int, Recent] = defaultdict(Recent)
         self._room: asyncio.Condition
         self._uploads = 0
         self._closing: pb.Goodbye | None = None
@@ -327,6 +328,7 @@ class Link:
         try:
             while node.stream == mine and self._closing is None:
                 node.wake.clear()
+                sent &= node.tasks.keys()
                 for name, each in list(node.tasks.items()):
                     if name not in sent and name in node.tasks:
                         sent.add(name)
@@ -365,7 +367,7 @@ class Link:
         assert first is not None
         header = first.header
         node = await self._node(header.session, context)
-        if header.task_id in self._answered:
+        if header.task_id in self._answered[node.client]:
             return pb.SubmitResponse(verdict=pb.VERDICT_DUPLICATE)
         if header.task_id not in node.tasks:
             return pb.SubmitResponse(verdict=pb.VERDICT_STALE, reason="nobody waits for this task")
@@ -417,9 +419,9 @@ class Link:
     def _take(self, node: Node, name: str, answer: Answer) -> pb.SubmitResponse:
         each = node.tasks.pop(name, None)
         if each is None:  # closed, or answered by another call, while this one was under way
-            duplicate = name in self._answered
+            duplicate = name in self._answered[node.client]
             return pb.SubmitResponse(verdict=pb.VERDICT_DUPLICATE if duplicate else pb.VERDICT_STALE)
-        self._answered.add(name)
+        self._answered[node.client].add(name)
         self._finish(each, answer)
         return pb.SubmitResponse(verdict=pb.VERDICT_ACCEPTED)
 

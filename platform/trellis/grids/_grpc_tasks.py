@@ -12,8 +12,9 @@ from typing import Any
 
 from trellis.wire.generated import link_pb2 as pb
 
-REMEMBERED = 100_000
-"""Ids of answered tasks that are kept, so that an answer sent twice is known for what it is."""
+REMEMBERED = 64
+"""Ids of answered tasks that are kept for each client, so that an answer sent twice is known for what it is. A node
+has few answers that it does not know to be accepted: it works on one task at a time."""
 
 
 @dataclass
