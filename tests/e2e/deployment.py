@@ -66,7 +66,7 @@ class Nodes:
         for node, thread in self.running.values():
             node.finish()
             node.connection.close()
-            thread.join(20)
+            thread.join(120)
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from federations import run
-from trellis import flower, records
+from federations import DIGITS, run, sha
+from trellis import flower, memory, records
 from trellis.grids.local import LocalGrid
 from trellis.grids.ordered import Ordered
 from trellis.grids.screened import Screened
 from trellis.grids.traced import Traced
 from trellis.scenario import Screening
+from trellis_clients.contract import site_of
 from trellis_clients.site import Site
 from trellis_server import folding
 from trellis_server.loop import Count
@@ -79,3 +80,24 @@ def test_gradients_do_not_stay_with_the_model(tmp_path, monkeypatch):
     _, outcome = run(tmp_path)
     assert not outcome.failed
     assert left == [[]] * 16  # four clients in each of four rounds
+
+
+def test_a_large_model_that_rests_holds_nothing_and_evaluates_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 1)
+    path = tmp_path / "scenario.yaml"
+    path.write_text(DIGITS)
+    site = site_of(path)
+    arrays = site.initial()
+    before = site.evaluate_centrally(arrays, 1)
+    site.rest()
+    site.rest()
+    assert all(parameter.untyped_storage().nbytes() == 0 for parameter in site.model.parameters())
+    assert site.evaluate_centrally(arrays, 1) == before
+    assert all(parameter.untyped_storage().nbytes() > 0 for parameter in site.model.parameters())
+
+
+def test_with_large_models_a_run_gives_the_same_bits(tmp_path, monkeypatch):
+    small = sha(tmp_path)
+    monkeypatch.setattr(memory, "LARGE", 1)
+    assert sha(tmp_path) == small
+    assert not list(tmp_path.rglob("tmp*")), "nothing that waited on disk is left there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import random
 import signal
 import threading
 import time
@@ -14,11 +15,13 @@ import pytest
 from deployment import SCENARIO, nodes, process, serve
 from federations import lines, sha, write
 from tcp_proxy import Proxy
-from trellis import experiment
+from trellis import experiment, scenario
 from trellis.deploy import allowing
 from trellis.grids.grpc import Settings
 from trellis.runs import read_lines
+from trellis.scenario import Scenario
 from trellis.wire import certificates
+from trellis_clients.link.consent import Consent
 
 FOUR = range(4)
 LONG = SCENARIO.replace("lr: 0.1}", "lr: 0.1, local_epochs: 12}").replace("count: 3", "count: 6")
@@ -212,3 +215,98 @@ def test_sigterm_lets_a_task_finish_and_leaves_a_run_that_resumes(fleet, simulat
     failures = [row["failures"] for row in read_lines(next((fleet.folder / "runs").glob("*/*/cells/*/metrics.jsonl")))]
     if not any(failures):  # node 0 left between two tasks, so that nothing was lost
         assert final["sha256"] == simulated[LONG]
+
+
+def test_nodes_that_never_come_back_cost_their_updates_only(tmp_path):
+    """One of four is lost in round 2: that round counts with three, and the rest of the run goes on with them."""
+    with nodes(tmp_path) as fleet:
+
+        made: list[Proxy] = []
+
+        def listening(port):
+            made.append(Proxy(port))
+            for client in FOUR:
+                fleet.start(made[0].port if client == 1 else port, client)
+
+        def after(_, line):
+            if line["round"] == 1:
+                made[0].cut()
+
+        run, outcome = serve(
+            tmp_path,
+            listening,
+            overrides=("rounds.quorum=0.7",),
+            hooks=experiment.Hooks(on_round=after),
+            settings=Settings(beat_s=0.3, leave_after_s=1.0, give_up_after_s=60),
+            min_clients=3,
+        )
+    assert not outcome.failed
+    by_round = {number: set() for number in (1, 2, 3)}
+    for row in lines(run, "clients.jsonl"):
+        if row["phase"] == "train" and row["ok"]:
+            by_round[row["round"]].add(row["client"])
+    assert by_round == {1: {0, 1, 2, 3}, 2: {0, 2, 3}, 3: {0, 2, 3}}
+    reasons = {row["reason"] for row in lines(run, "clients.jsonl") if not row["ok"]}
+    assert "its node has been gone for 1 s" in reasons
+
+
+@pytest.mark.slow
+def test_a_round_closes_at_its_deadline_and_the_late_answer_counts_for_nothing(tmp_path):
+    """Client 0 takes far longer than the deadline. Its private state goes back to what it was before."""
+    with nodes(tmp_path) as fleet:
+
+        def slow(given):
+            raw = scenario.plain(Consent()(given))
+            raw["trainer"]["local_epochs"] = 4000
+            return scenario.validated(Scenario, raw)
+
+        def listening(port):
+            for client in FOUR:
+                fleet.start(port, client, **({"changed": slow} if client == 0 else {}))
+
+        run, outcome = serve(
+            tmp_path,
+            listening,
+            overrides=("rounds.quorum=0.7", "rounds.deadline_s=8", "rounds.count=1", "evaluation.federated_every=0"),
+        )
+        assert not outcome.failed
+        (late,) = [row for row in lines(run, "clients.jsonl") if not row["ok"]]
+        assert (late["client"], late["reason"]) == (0, "no reply before the deadline of 8 s")
+        assert 8 <= lines(run)[1]["phases"]["train"] < 9.5
+
+
+@pytest.mark.slow
+def test_kill_the_server_at_twenty_instants(fleet, simulated):
+    """F1: at random moments, also while it dispatches, receives and writes its checkpoint."""
+    moments = random.Random(0)
+    server = fleet.serve(str(fleet.scenario))
+    members = [fleet.join(client) for client in FOUR]
+    for _ in range(20):
+        time.sleep(moments.uniform(0.0, 1.5))
+        if server.poll() is not None:
+            break
+        server.kill()
+        server.wait()
+        server = fleet.serve("--resume", "latest")
+    assert server.wait(240) == 0, fleet.log
+    assert fleet.summary()["sha256"] == simulated[LONG]
+    for member in members:
+        assert member.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    made = Fleet(tmp_path, LONG.replace("local_epochs: 12", "local_epochs: 100000"))
+    try:
+        made.serve(str(made.scenario))
+        members = [made.join(client) for client in FOUR]
+        time.sleep(20)
+        members[0].send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert members[0].poll() is None  # its task is not done
+        started = time.monotonic()
+        members[0].send_signal(signal.SIGTERM)
+        assert members[0].wait(10) == 1
+        assert time.monotonic() - started < 5
+    finally:
+        made.stop()

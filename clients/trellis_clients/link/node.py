@@ -93,16 +93,22 @@ def run(
 def _stop_gently(worker: TrainingNode, grace_s: float) -> threading.Event:
     """On SIGTERM and SIGINT let the task under way finish and be handed in, within a time, and then leave."""
     over = threading.Event()
+    told = threading.Event()
 
     def leave() -> None:
         worker.finish()
         if not over.wait(grace_s):
-            log.warning("stopped in the middle of a task", extra={"reason": f"not done after {grace_s:g} s"})
-            worker.connection.close("it stops in the middle of a task")
-            os._exit(1)
+            give_up(f"not done after {grace_s:g} s")
+
+    def give_up(reason: str) -> None:
+        log.warning("stopped in the middle of a task", extra={"reason": reason})
+        worker.connection.close("it stops in the middle of a task")
+        os._exit(1)
 
     def asked(_: int, __: FrameType | None) -> None:
-        threading.Thread(target=leave, name="trellis-node-stop", daemon=True).start()
+        target, arguments = (give_up, ("asked twice",)) if told.is_set() else (leave, ())
+        told.set()
+        threading.Thread(target=target, args=arguments, name="trellis-node-stop", daemon=True).start()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,322 @@
+"""``trellis join --edge``: the process of a device without torch, which serves a model while the cloud adapts it.
+
+The tasks it answers are those of the strategy ``cema``. In simulation ``train.stream`` means "go on for K batches of
+your stream with these parameters"; here the stream is what outside clients send, so it means "take in these
+parameters, and report when K batches' worth of examples was answered". The device never waits for the cloud: requests
+are answered before, between and after tasks, and go on when the server is away or the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import getpid
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trellis.deploy.joining import NodeConfig, Where
+from trellis.errors import DataError, GridError, TrellisError
+from trellis.wire import content as wire
+from trellis.wire.generated import link_pb2 as pb
+from trellis_clients.link import edge_duty
+from trellis_clients.link.connection import Connection, EndedError, Identity
+from trellis_clients.link.edge_device import Account, Device, Serving, _account, packed
+from trellis_clients.link.store import Store, instance_of, write
+
+log = logging.getLogger("trellis.node")
+
+STREAM = "train.stream"
+ENCODINGS = {"none": pb.ENCODING_NONE, "zstd": pb.ENCODING_ZSTD}
+FAILED_CLIENT = 2
+"""As in ``trellis.flower``, which imports Flower."""
+
+LOOK_S = 0.05
+"""Between looks at how much was answered."""
+
+LAST_SHARE = 0.1
+"""Share of a task's time that is kept for its answer to arrive."""
+
+
+class EdgeNode:
+    """Serves, and answers the link's tasks.
+
+    Args:
+        identity: who it is, of kind ``pb.NODE_KIND_EDGE``.
+        folder: of its store.
+        serving: how it serves.
+        model: its model's file; None takes the one that the cloud sends.
+        encoding: of answers.
+        announced: called with a description whenever it begins to serve.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        folder: Path,
+        serving: Serving,
+        model: Path | None = None,
+        encoding: pb.Encoding = pb.ENCODING_NONE,
+        announced: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.connection = Connection(identity)
+        self.folder, self.serving, self.model = folder, serving, model
+        self.encoding, self.announced = encoding, announced
+        self.device: Device | None = None
+        self._key = ""
+        self._stop = threading.Event()
+
+    def run(self) -> str:
+        """Serve until ``stop``; return the server's last word.
+
+        Raises:
+            TrellisError: the server does not want this node, or is lost for good, before there was anything to serve;
+                an address is taken.
+        """
+        reason = ""
+        try:
+            self._take_up()
+            try:
+                self.connection.start()
+                for task in self.connection.tasks():
+                    try:
+                        self._answer(task)
+                    finally:
+                        self.connection.done(task.id)
+            except EndedError as end:
+                reason = str(end)
+            except GridError as error:
+                if self.device is None:
+                    raise
+                reason = str(error)
+            self.connection.close("it stops")
+            if self.device is not None and not self._stop.is_set():
+                log.info("no tasks any more; serving goes on", extra={"reason": reason})
+                self._stop.wait()
+        finally:
+            self.connection.close("it stops")
+            if self.device is not None:
+                self.device.stop()
+        return reason
+
+    def stop(self) -> None:
+        """Make ``run`` return. A task under way is handed back: the server gives it out again. From any thread."""
+        self._stop.set()
+        self.connection.close("it stops")
+
+    # -- a task -----------------------------------------------------------------------------------------
+
+    def _answer(self, task: pb.Task) -> None:
+        started = time.perf_counter()
+        try:
+            verdict = self._submit(task)
+        except EndedError:
+            if self.connection.cancelled(task.id):
+                log.info("task cancelled", extra={"task": task.id})
+                return
+            raise
+        except TrellisError as error:
+            log.error("task failed", extra={"task": task.id, "reason": str(error)})
+            verdict = self.connection.submit(task.id, None, (FAILED_CLIENT, str(error)))
+        said = pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
+        if self.device is not None:
+            self.device.tasks.labels(said).inc()
+        log.info("task done", extra={"task": task.id, "kind": task.kind, "verdict": said,
+                                     "seconds": round(time.perf_counter() - started, 3)})  # fmt: skip
+
+    def _submit(self, task: pb.Task) -> int:
+        if task.kind != STREAM:
+            raise DataError("edge-task", f"a device answers {STREAM!r}; it cannot do {task.kind!r:.80}")
+        device = self._device(task)
+        store, answer = device.store, device.store.answer(task.id)
+        if answer is None:
+            content, account = self._streamed(task, device)
+            answer = wire.pack(content)
+            store.put(task.id, answer, packed(account))
+        else:
+            account = _account((store.folder / f"{task.id}.state").read_bytes())
+            log.info("task known", extra={"task": task.id})
+        try:
+            verdict = self.connection.submit(task.id, answer, encoding=self.encoding)
+        except EndedError:
+            if self.connection.cancelled(task.id):
+                self._back(device, task.id, account)
+            raise
+        if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
+            new = store.state() is None or account.seen >= device.known.seen
+            store.accepted(task.id)
+            if new:
+                device.delivered(account)
+        else:
+            self._back(device, task.id, account)
+        return verdict
+
+    def _back(self, device: Device, task: str, account: Account) -> None:
+        device.store.dropped(task)
+        device.kept_back(account)
+
+    def _streamed(self, task: pb.Task, device: Device) -> tuple[wire.Content, Account]:
+        """Take in the parameters, wait until enough was answered or the time is nearly over, and report."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        end = time.monotonic() + task.seconds_left * (1 - LAST_SHARE)
+        config, arrays = self._record(task, "config"), self._record(task, "arrays")
+        batches = config.values.get("batches") if config is not None else None
+        if arrays is None or not isinstance(batches, int) or batches < 1:
+            raise DataError("edge-task", f"{STREAM!r} comes with the records 'arrays' and 'config', and 'batches' in it")
+        device.take_in(arrays.values)
+        wanted = batches * device.duty.batch_size
+        while device.answered < wanted and time.monotonic() < end:
+            self.connection.go_on(task.id)
+            self._stop.wait(LOOK_S)
+        if not device.answered:
+            raise DataError("edge-idle", f"nobody asked this device anything in {time.perf_counter() - wall:.0f} s")
+        content, account = device.report(wanted)
+        times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        return {**content, "trellis.timing": wire.Record("config", times)}, account
+
+    def _record(self, task: pb.Task, name: str) -> wire.Record | None:
+        """Fetch a record of a task; the others are left where they are."""
+        for each in task.records:
+            if each.name == name:
+                try:
+                    return wire.unpack(self.connection.payload(each.payload, task.id))["record"]
+                except KeyError:
+                    raise DataError("records-damaged", f"the payload of record {name!r} holds no record") from None
+        return None
+
+    # -- what is served ---------------------------------------------------------------------------------
+
+    def _device(self, task: pb.Task) -> Device:
+        """Return the device for a task's cell; one that is not live yet is made and begins to serve."""
+        joined = self.connection.joined
+        assert joined is not None
+        key = f"{joined.run}/{task.setup.digest}"
+        if self.device is not None and self._key == key:
+            return self.device
+        setup = bytes(self.connection.payload(task.setup, task.id))
+        duty = edge_duty.read(setup)
+        if self.device is not None and self._key == f"{joined.run}/{duty.cell}":  # taken up after a restart
+            self._key = key
+            return self.device
+        store = Store(self.folder, joined.run, duty.cell, joined.keep_answers)
+        own = store.folder / "device"
+        own.mkdir(exist_ok=True)
+        model = self.model or own / "model.onnx"
+        if not model.exists() and self.model is None:
+            sent = self._record(task, "model")
+            if sent is None or "onnx" not in sent.values:
+                raise DataError(
+                    "edge-no-model",
+                    "this device has no model: give --model with the exported source model, or set"
+                    " strategy.device_model so that the cloud sends it",
+                )
+            write(model, sent.values["onnx"].tobytes())
+        write(own / "setup.json", setup)
+        self._serve(duty, store, model)
+        place = {"run": joined.run, "cell": duty.cell, "keep": joined.keep_answers}
+        write(self.folder / "device.json", json.dumps(place).encode())
+        self._key = key
+        assert self.device is not None
+        return self.device
+
+    def _serve(self, duty: edge_duty.Duty, store: Store, model: Path) -> None:
+        """Begin to serve; what was served before ends first, as two do not fit on one address."""
+        device = Device(duty, store, model, self.serving)
+        if self.device is not None:
+            self.device.stop()
+            self.device = None
+        described = device.start()
+        self.device = device
+        self.serving = replace(self.serving, address=device.server.where)  # port 0 stays what it became
+        log.info("serving", extra={"cell": duty.cell})
+        self.announced(described)
+
+    def _take_up(self) -> None:
+        """Serve what was served last, where anything was; without the server."""
+        try:
+            place = json.loads((self.folder / "device.json").read_bytes())
+            store = Store(self.folder, str(place["run"]), str(place["cell"]), int(place["keep"]))
+            own = store.folder / "device"
+            duty = edge_duty.read((own / "setup.json").read_bytes())
+            model = self.model or own / "model.onnx"
+            if not model.exists():
+                return
+            self._serve(duty, store, model)
+            self._key = f"{place['run']}/{duty.cell}"
+        except FileNotFoundError:
+            return
+        except GridError:
+            raise  # its own address is taken
+        except (TrellisError, ValueError, KeyError, TypeError) as error:
+            log.warning("what was served last is not taken up", extra={"reason": str(error)})
+
+
+def run(
+    where: Where,
+    *,
+    node: str = "",
+    config: NodeConfig | None = None,
+    state: Path = Path("node"),
+    compression: str = "none",
+    model: Path | None = None,
+    serve: str = "127.0.0.1:8001",
+    threads: int = 1,
+    give_up_after_s: float | None = None,
+    metrics_address: str | None = None,
+) -> str:
+    """Be a device until SIGTERM, and return the server's last word.
+
+    Args:
+        where: the server and the node's credentials.
+        node: its name; where credentials say it, it may be empty.
+        config: which client it wants to be.
+        state: folder of its store.
+        compression: of answers, ``none`` or ``zstd``.
+        model: the exported source model; None takes the one that the cloud sends.
+        serve: address for inference requests.
+        threads: of ONNX Runtime.
+        give_up_after_s: without the server for this long it stays away from it; serving goes on.
+        metrics_address: of Prometheus metrics.
+
+    Raises:
+        TrellisError: options do not fit, or the server does not want this node.
+    """
+    config = config or NodeConfig()
+    if config.overrides:
+        raise TrellisError("usage", f"--node-config: a device has no {config.overrides[0].partition('=')[0]!r}")
+    if compression not in ENCODINGS:
+        raise TrellisError("usage", f"--compression is {compression!r}; there are {', '.join(ENCODINGS)}")
+    if model is not None and not model.is_file():
+        raise DataError("onnx-missing", f"no model can be read from {model}")
+    identity = Identity(
+        where.address,
+        node or ("" if where.token or where.certificate else f"{socket.gethostname()}-{getpid()}"),
+        instance_of(state),
+        client=config.client,
+        kind=pb.NODE_KIND_EDGE,
+        token=where.token,
+        channel_credentials=where.credentials(),
+        give_up_after_s=give_up_after_s,
+    )
+    serving = Serving(serve, metrics_address, model.stem if model else "model", threads)
+    worker = EdgeNode(identity, state, serving, model, ENCODINGS[compression], _announce)
+
+    def asked(_: int, __: FrameType | None) -> None:
+        threading.Thread(target=worker.stop, name="trellis-node-stop", daemon=True).start()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, asked)
+    return worker.run()
+
+
+def _announce(described: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(described) + "\n")
+    sys.stdout.flush()
