@@ -3,7 +3,8 @@
     bound = workers x (model + gradients + optimiser state + batch) + 2 x model
 
 Every run has a process of its own. Memory is what belongs to the process alone (RssAnon), read every few
-milliseconds, above what it was after the imports; on Ray the object store's pages are counted once.
+milliseconds, above what it was after the imports and a run of a tiny model. On Ray it is that of the driver and all
+workers and the pages of the object store, which are counted once: the highest sum at one time.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ def rows(quick: bool) -> Iterator[Row]:
             bound = workers * (3 * model + found[0]["batch_mb"]) + 2 * model
             where = "in one process" if grid == "local" else f"on {workers} Ray workers"
             parts = ", ".join(f"{name} {found[0][name]:.0f}" for name in ("driver_mb", "workers_mb", "store_mb"))
+            parts = parts if grid == "ray" else "all of it the process's own"
             yield row(
                 f"memory-{grid}-{gate}",
                 f"peak memory {where}, {gate.replace('-', ' ')}",
                 "MB",
-                [each["driver_mb"] + each["workers_mb"] + each["store_mb"] for each in found],
+                [each["peak_mb"] for each in found],
                 target=bound,
                 note=f"model {model:.0f} MB; {parts}",
             )
@@ -64,16 +66,15 @@ class Peaks:
     read, which are all that a run puts there: the global arrays are written here, the replies are read here.
 
     Attributes:
-        first: bytes when watching began, by process id and kind.
-        peak: highest bytes since.
+        peak: bytes at the time when their sum was highest, by what they belong to: the driver (above what it had
+            when watching began), the workers, the store (likewise).
     """
 
     def __init__(self) -> None:
-        self.first: dict[tuple[int, str], int] = {}
-        self.peak: dict[tuple[int, str], int] = {}
+        self.peak = {"driver": 0, "workers": 0, "store": 0}
         self._workers: list[int] = []
         self._end = threading.Event()
-        self._look(os.getpid())
+        self._first = _memory_of(os.getpid())
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Peaks:
@@ -84,35 +85,30 @@ class Peaks:
         self._end.set()
         self._thread.join()
 
-    def own(self, kind: str) -> float:
-        """Return by how many megabytes a kind of this process's memory rose at most."""
-        key = os.getpid(), kind
-        return (self.peak[key] - self.first[key]) / 2**20
-
-    def workers(self) -> list[float]:
-        """Return the highest RssAnon of each worker in megabytes, from zero."""
-        return [peak / 2**20 for (pid, kind), peak in self.peak.items() if pid != os.getpid() and kind == "RssAnon"]
-
     def _watch(self) -> None:
         turns = 0
         while not self._end.wait(EVERY_S):
             if turns % 50 == 0:
                 self._workers = list(_ray_workers())
             turns += 1
-            for process in (os.getpid(), *self._workers):
-                self._look(process)
+            own = _memory_of(os.getpid())
+            now = {
+                "driver": own["RssAnon"] - self._first["RssAnon"],
+                "workers": sum(_memory_of(worker).get("RssAnon", 0) for worker in self._workers),
+                "store": own["RssShmem"] - self._first["RssShmem"],
+            }
+            if sum(now.values()) > sum(self.peak.values()):
+                self.peak = now
 
-    def _look(self, process: int) -> None:
-        try:
-            lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        except OSError:
-            return
-        for line in lines:
-            kind, _, text = line.partition(":")
-            if kind in ("RssAnon", "RssShmem"):
-                found = int(text.split()[0]) * 1024
-                self.first.setdefault((process, kind), found)
-                self.peak[process, kind] = max(found, self.peak.get((process, kind), 0))
+
+def _memory_of(process: int) -> dict[str, int]:
+    """Return the kinds of a process's resident memory in bytes; nothing of one that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = (line.partition(":") for line in lines if line.startswith("Rss"))
+    return {kind: int(text.split()[0]) * 1024 for kind, _, text in found}
 
 
 def _ray_workers() -> Iterator[int]:
@@ -145,9 +141,10 @@ def _one(grid: str, workers: int, gate: str) -> dict[str, Any]:
     return {
         "model_mb": 4 * sum(a * b + b for a, b in itertools.pairwise(sizes)) / 2**20,
         "batch_mb": 4 * BATCH * sum(sizes) / 2**20,
-        "driver_mb": peaks.own("RssAnon"),
-        "workers_mb": sum(peaks.workers()) - sum(empty.workers()),
-        "store_mb": peaks.own("RssShmem"),
+        "peak_mb": (sum(peaks.peak.values()) - empty.peak["workers"]) / 2**20,
+        "driver_mb": peaks.peak["driver"] / 2**20,
+        "workers_mb": (peaks.peak["workers"] - empty.peak["workers"]) / 2**20,
+        "store_mb": peaks.peak["store"] / 2**20,
     }
 
 

@@ -15,9 +15,9 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -25,11 +25,16 @@ from numpy.typing import NDArray
 
 from trellis.errors import DataError
 
+T = TypeVar("T")
+
 ARRAYS = "arrays"
 METRICS = "metrics"
 CONFIG = "config"
 TIMING = "trellis.timing"
 """ConfigRecord of a reply with the client's own ``seconds`` and ``cpu_seconds``; strategies never see it."""
+
+PARTIAL = "partial"
+"""Key of a message's config: the reply shall leave out what the trainer calls frozen, and the client keep it."""
 
 NPY_STYPE = "numpy.ndarray"
 FORMAT = "trellis-records-1"
@@ -45,7 +50,7 @@ class LiveArray(Array):
     def __init__(self, ndarray: NDArray[Any]) -> None:
         view = ndarray.view()
         view.flags.writeable = False
-        self.__dict__.update(_live=view, dtype=_name(view.dtype), shape=view.shape, stype=NPY_STYPE)
+        self.__dict__.update(_live=view, dtype=name_of(view.dtype), shape=view.shape, stype=NPY_STYPE)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -59,8 +64,32 @@ class LiveArray(Array):
         live: NDArray[Any] = self.__dict__["_live"]
         return live
 
+    def move(self, ndarray: NDArray[Any]) -> None:
+        """Hold the same values in another place."""
+        view = ndarray.view()
+        view.flags.writeable = False
+        self.__dict__["_live"] = view
+        self.__dict__.pop("_seen", None)
+
+    def seen_as(self, make: Callable[[NDArray[Any]], T]) -> T:
+        """Return what a function makes of the array, made once; for another object that shares its memory."""
+        if (seen := self.__dict__.get("_seen")) is None or seen[0] is not make:
+            seen = self.__dict__["_seen"] = make, make(self.view())
+        made: T = seen[1]
+        return made
+
     def numpy(self) -> NDArray[Any]:
         return self.view().copy()
+
+    @property
+    def value_dtype(self) -> np.dtype[Any]:
+        """The values' own dtype; ``dtype`` is its name."""
+        return self.view().dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return self.view().nbytes
 
     def deflate(self) -> bytes:
         """Return Flower's own wire format, in which the class is named: the other end knows ``Array``."""
@@ -81,7 +110,7 @@ class LiveArray(Array):
 
 
 @cache
-def _name(dtype: np.dtype[Any]) -> str:
+def name_of(dtype: np.dtype[Any]) -> str:
     """Return a dtype's name, which NumPy puts together anew each time."""
     return str(dtype)
 
@@ -93,14 +122,19 @@ def view(array: Array) -> NDArray[Any]:
 
 def num_bytes(array: Array) -> int:
     """Return the size of an array's values in bytes, without serialising it."""
-    return array.view().nbytes if isinstance(array, LiveArray) else len(array.data)
+    return array.nbytes if isinstance(array, LiveArray) else len(array.data)
+
+
+def dtype_of(array: Array) -> np.dtype[Any]:
+    """Return the dtype of an array's values."""
+    return array.value_dtype if isinstance(array, LiveArray) else array.numpy().dtype
 
 
 def array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Return an ``ArrayRecord`` of live arrays. The arrays are shared, not copied."""
     record = ArrayRecord()
     for name, values in arrays.items():
-        record[name] = LiveArray(np.asarray(values))
+        record[name] = LiveArray(values if type(values) is np.ndarray else np.asarray(values))
     return record
 
 

@@ -8,12 +8,13 @@ a seeded state for the length of one call and the previous state back afterwards
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
@@ -82,7 +83,8 @@ def _numpy_scoped(seed: int) -> Iterator[None]:
     NumPy takes 40 microseconds to write a state back. So another bit generator stands in for the one that is
     there; only the second of a pair of Gaussian numbers, if one is waiting, would get lost that way.
     """
-    state, bits = np.random.get_state(legacy=False), get_bit_generator()
+    bits = get_bit_generator()
+    waiting = _waiting_gaussian(bits)
     lent = _spare.pop() if _spare else np.random.MT19937()
     set_bit_generator(lent)
     np.random.seed(seed)
@@ -91,5 +93,28 @@ def _numpy_scoped(seed: int) -> Iterator[None]:
     finally:
         set_bit_generator(bits)
         _spare.append(lent)
-        if state["has_gauss"]:
-            np.random.set_state(state)
+        if waiting is not None:
+            state: Any = np.random.get_state(legacy=False)
+            np.random.set_state({**state, "has_gauss": 1, "gauss": waiting})
+
+
+_TWISTER_BYTES = 4 * 625
+"""What a Mersenne twister is in memory: 624 words and a position."""
+
+
+def _waiting_gaussian(bits: np.random.BitGenerator) -> float | None:
+    """Return the Gaussian number that is waiting in NumPy's process-wide generator, the second of a pair, if any.
+
+    Reading that generator's state takes as long as writing it. Drawing one number tells as much: if it was waiting,
+    the bits behind it have not moved; if not, they are put back.
+    """
+    if type(bits) is not np.random.MT19937:
+        state: Any = np.random.get_state(legacy=False)
+        return float(state["gauss"]) if state["has_gauss"] else None
+    address = bits.ctypes.state_address
+    before = ctypes.string_at(address, _TWISTER_BYTES)
+    number = np.random.standard_normal()
+    if ctypes.string_at(address, _TWISTER_BYTES) == before:
+        return float(number)
+    ctypes.memmove(address, before, _TWISTER_BYTES)
+    return None

@@ -20,16 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
-from trellis import flower, records
+from trellis import flower, memory, records
 from trellis.errors import RoundError
+from trellis.memory import Spill, Spilled
 
 FOLDED = "trellis.folded"
 """ConfigRecord of an average: ``replies``, how many went into it, and ``weighted_by``, empty for equal weights."""
@@ -72,14 +74,14 @@ def folds(strategy: Strategy) -> bool:
     )
 
 
-def folded(strategy: Strategy, replies: Iterable[Message]) -> list[Message]:
-    """Fold replies as the strategy needs it. Only for strategies that fold."""
+def folded(strategy: Strategy, replies: Iterable[Message], folder: Path | None = None) -> list[Message]:
+    """Fold replies as the strategy needs it. Only for strategies that fold. ``folder`` as for ``fold``."""
     strategy = merger(strategy)
     if isinstance(strategy, Folding):
         return strategy.fold(replies)
     assert isinstance(strategy, FedAvg), type(strategy)
     assert folds(strategy), type(strategy)
-    return fold(replies, strategy.weighted_by_key)
+    return fold(replies, strategy.weighted_by_key, folder=folder)
 
 
 def aggregate(
@@ -100,7 +102,9 @@ def aggregate(
     return arrays, MetricRecord({name: v for name, v in metrics.items() if name != strategy.weighted_by_key})
 
 
-def fold(replies: Iterable[Message], weighted_by: str, *, uniform: bool = False) -> list[Message]:
+def fold(
+    replies: Iterable[Message], weighted_by: str, *, uniform: bool = False, folder: Path | None = None
+) -> list[Message]:
     """Average the content of replies one by one; each is let go before the next is taken.
 
     The result depends on the order of the replies in its last bits, and on nothing else.
@@ -109,6 +113,7 @@ def fold(replies: Iterable[Message], weighted_by: str, *, uniform: bool = False)
         replies: with content or errors.
         weighted_by: the metric that holds a reply's example count.
         uniform: arrays count equally; metrics are weighted nonetheless.
+        folder: where the mean of a large model is kept meanwhile; None for the system's temporary folder.
 
     Returns:
         One message with the averages, if any reply had content, then all error messages.
@@ -117,7 +122,7 @@ def fold(replies: Iterable[Message], weighted_by: str, *, uniform: bool = False)
         RoundError: a reply's names or shapes differ from the first one's, its example count is not a number
             from zero up, or all counts are zero.
     """
-    average, errors = Average(weighted_by, uniform), []
+    average, errors = Average(weighted_by, uniform, folder), []
     for reply in replies:
         if reply.has_error():
             errors.append(reply)
@@ -129,15 +134,16 @@ def fold(replies: Iterable[Message], weighted_by: str, *, uniform: bool = False)
 
 
 class Average:
-    """The weighted mean of the replies so far."""
+    """The weighted mean of the replies so far. That of a large model is kept on disk until it is asked for."""
 
-    def __init__(self, weighted_by: str, uniform: bool = False) -> None:
+    def __init__(self, weighted_by: str, uniform: bool = False, folder: Path | None = None) -> None:
+        self.folder = folder
         self.weighted_by = weighted_by
         self.uniform = uniform
         self.count = 0
         self.examples: int | float = 0
         self.weight: int | float = 0
-        self.arrays: dict[str, dict[str, NDArray[Any]]] = {}
+        self.arrays: dict[str, dict[str, NDArray[Any] | Spilled]] = {}
         self.dtypes: dict[str, dict[str, np.dtype[Any]]] = {}
         self.metrics: dict[str, Metric] = {}
         self.scratch: dict[np.dtype[Any], NDArray[Any]] = {}
@@ -163,7 +169,7 @@ class Average:
             self.weight += weight
             for name, record in records.array_records(content).items():
                 for key, array in record.items():
-                    self._include(self.arrays[name], key, records.view(array), weight / self.weight)
+                    self._include(self.arrays[name][key], array, weight / self.weight)
         if examples:
             share = examples / self.examples
             self.metrics = {name: _mean(self.metrics[name], metrics[name], share) for name in self.metrics}
@@ -175,9 +181,7 @@ class Average:
         content = RecordDict()
         for name, means in self.arrays.items():
             kept = self.dtypes[name]
-            content[name] = records.array_record(
-                {key: mean.astype(kept[key], copy=False) if _half(kept[key]) else mean for key, mean in means.items()}
-            )
+            content[name] = records.array_record({key: _whole(mean, kept[key]) for key, mean in means.items()})
         content[self.metric_record] = MetricRecord({self.weighted_by: self.examples, **self.metrics})
         content[FOLDED] = ConfigRecord({"replies": self.count, "weighted_by": self._key})
         # Flower offers this overload to itself only; see trellis.flower.
@@ -198,9 +202,12 @@ class Average:
         self.metadata = reply.metadata
         self.metrics = dict(metrics)
         for name, record in records.array_records(reply.content).items():
-            views = {key: records.view(array) for key, array in record.items()}
-            self.dtypes[name] = {key: values.dtype for key, values in views.items()}
-            self.arrays[name] = {key: np.zeros(values.shape, _wide(values.dtype)) for key, values in views.items()}
+            self.dtypes[name] = {key: records.dtype_of(array) for key, array in record.items()}
+            spill = Spill(self.folder) if sum(map(records.num_bytes, record.values())) >= memory.LARGE else None
+            zeros = np.zeros if spill is None else spill.zeros
+            self.arrays[name] = {
+                key: zeros(tuple(array.shape), _wide(self.dtypes[name][key])) for key, array in record.items()
+            }
 
     def _check_names(self, reply: Message, metrics: dict[str, Metric]) -> None:
         if metrics.keys() != self.metrics.keys():
@@ -216,8 +223,19 @@ class Average:
                 if tuple(array.shape) != shape:
                     raise _mismatch(reply, f"{name} {key!r} has shape {tuple(array.shape)}, not {shape}")
 
-    def _include(self, means: dict[str, NDArray[Any]], name: str, values: NDArray[Any], share: float) -> None:
-        mean = means[name]
+    def _include(self, mean: NDArray[Any] | Spilled, array: Array, share: float) -> None:
+        if not isinstance(mean, Spilled):
+            self._move(mean, records.view(array), share)
+        elif isinstance(array, memory.SpilledArray):
+            for (_, piece), (_, values) in zip(mean.pieces(write=True), array.spilled.pieces(), strict=True):
+                self._move(piece, values, share)
+        else:
+            flat = records.view(array).reshape(-1)
+            for start, piece in mean.pieces(write=True):
+                self._move(piece, flat[start : start + piece.size], share)
+
+    def _move(self, mean: NDArray[Any], values: NDArray[Any], share: float) -> None:
+        """Move a mean towards values, in place."""
         if share == 1.0:  # the first that counts
             np.copyto(mean, values)
             return
@@ -246,6 +264,12 @@ def _mean(mean: Metric, value: Metric, share: float) -> Metric:
     assert not isinstance(mean, list)
     assert not isinstance(value, list)
     return mean + (value - mean) * share
+
+
+def _whole(mean: NDArray[Any] | Spilled, kept: np.dtype[Any]) -> NDArray[Any]:
+    """Return a mean in memory, half precision in the dtype that came."""
+    values = mean.read() if isinstance(mean, Spilled) else mean
+    return values.astype(kept, copy=False) if _half(kept) else values
 
 
 @cache

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from trellis import flower, records, seeding
 from trellis.errors import RoundError
 from trellis.grids.base import ClientGrid, StreamGrid, innermost
+from trellis.grids.ordered import Ordered
 from trellis.grids.screened import Screened
 from trellis.grids.traced import ReplyTrace, Traced
 from trellis.runs import CellFolder, read_lines
@@ -104,6 +105,9 @@ class Loop:
         layers = list(_layers(self.grid))
         self.traced = next((layer for layer in layers if isinstance(layer, Traced)), None)
         self.screened = next((layer for layer in layers if isinstance(layer, Screened)), None)
+        for layer in layers:
+            if isinstance(layer, Screened | Ordered):
+                layer.folder = self.folder.path  # what is too large to wait in memory waits beside the run
         inner = innermost(self.grid)
         self.clients = inner if isinstance(inner, ClientGrid) else None
         self.rows: list[dict[str, Any]] = []
@@ -134,6 +138,7 @@ class Loop:
             if snapshot is None:
                 self.arrays = self.arrays if start_from is None else start_from
                 self._first()
+            self._rest()
             probed = probe_rounds(self.scenario.probe, self.scenario.rounds.count)
             for number in range(start, self.scenario.rounds.count + 1):
                 self.round = number
@@ -154,7 +159,7 @@ class Loop:
         messages = self._configure(number, phases)
         train = self._train(number, messages, phases)
         probe = None
-        if probed and self.clients is not None:
+        if probed and self.clients is not None and self.clients.replays:
             probe = Probe(self.clients, self.scenario.rounds.deadline_s).measure(
                 messages, phases.wall, phases.cpu, sum(row["cpu_seconds"] or 0.0 for row in self.rows)
             )
@@ -202,7 +207,7 @@ class Loop:
         with phases("train"):
             good = count(self.grid.stream(messages, timeout=self.scenario.rounds.deadline_s))
             averaging = folding.folds(self.strategy)
-            taken = folding.folded(self.strategy, good) if averaging else list(good)
+            taken = folding.folded(self.strategy, good, self.folder.path) if averaging else list(good)
         self._check_quorum(number, len(messages), count)
         with phases("aggregate"), seeding.scoped(self.seed, "aggregate-train", number):
             arrays, metrics = folding.aggregate(self.strategy, number, taken)
@@ -243,7 +248,15 @@ class Loop:
 
     def _central(self, number: int, phases: Phases) -> dict[str, Any] | None:
         with phases("central"):
-            return self.evaluate(number, self.arrays)
+            metrics = self.evaluate(number, self.arrays)
+        self._rest()
+        return metrics
+
+    def _rest(self) -> None:
+        """Let the cloud's model go while clients train elsewhere, unless the strategy uses it too."""
+        in_process = self.clients is not None and self.clients.in_process
+        if not in_process and not hasattr(self.strategy, "attach") and hasattr(self.evaluate, "rest"):
+            self.evaluate.rest()
 
     # -- what is kept ---------------------------------------------------------------------------------
 

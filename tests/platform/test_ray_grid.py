@@ -18,9 +18,9 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from trellis import flower, records
+from trellis import flower, memory, records
 from trellis.errors import GridError
-from trellis.grids._ray_cohort import Cohort
+from trellis.grids._ray_cohort import Batch, Cohort
 from trellis.grids.local import LocalGrid
 from trellis.grids.ordered import Ordered
 from trellis.grids.ray import MAX_CRASHES, RayGrid, start_ray
@@ -486,6 +486,103 @@ def test_a_ray_that_does_not_start_is_tried_again_and_then_an_error(monkeypatch:
     assert code == "ray-start"
     assert tried == ["local"] * 3
     assert "timed out during startup" in message
+
+
+# ------------------------------------------------------------------------------------------- short and large clients
+
+
+def calls_of(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Return a list to which the clients of every call to a worker are added as it is made."""
+    calls: list[list[int]] = []
+    send = grid._send
+
+    def noted(seat: Any, batch: Batch, turns: Cohort) -> None:
+        calls.append([turn.client for turn in batch.counting])
+        send(seat, batch, turns)
+
+    monkeypatch.setattr(grid, "_send", noted)
+    return calls
+
+
+def test_short_clients_go_several_to_a_call(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid._pace = 1e-4
+    calls = calls_of(grid, monkeypatch)
+    there = list(Ordered(grid).stream(cohort(grid)))
+    here = list(LocalGrid(make_app(), CLIENTS).stream(cohort(LocalGrid(make_app(), CLIENTS))))
+    assert sorted(map(len, calls)) == [CLIENTS // WORKERS] * WORKERS
+    for ours, theirs in zip(there, here, strict=True):
+        assert records.digest(ours.content["arrays"]) == records.digest(theirs.content["arrays"])
+
+
+def test_long_clients_go_one_to_a_call(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid._pace = 1.0
+    calls = calls_of(grid, monkeypatch)
+    first = next(stream := grid.stream(cohort(grid)))
+    assert first.has_content()
+    stream.close()
+    assert set(map(len, calls)) == {1}
+
+
+@pytest.mark.parametrize("how", ["exit", "unpicklable"])
+def test_of_clients_in_one_call_the_offender_fails_alone(grid: RayGrid, how: str) -> None:
+    grid._pace = 1e-4
+    replies = list(grid.stream(cohort(grid, how, (2,))))
+    assert list(errors(replies)) == [2]
+    assert grid.crashes == ({2: 1} if how == "exit" else {})
+
+
+def test_of_clients_in_one_call_those_beside_a_hanging_one_are_served(grid: RayGrid) -> None:
+    list(grid.stream(cohort(grid)))
+    grid._pace = 1e-4
+    stream = grid.stream(cohort(grid, "hang", (1,)), timeout=60)
+    served = {flower.client_of(next(stream).metadata.src_node_id) for _ in range(CLIENTS - 1)}
+    assert served == set(range(CLIENTS)) - {1}, "done before it or waiting behind it, they come without it"
+    stream.close()
+
+
+def large_messages(grid: RayGrid, model: records.ArrayRecord, clients: int) -> list[Message]:
+    content = RecordDict({"arrays": model, "config": ConfigRecord({"do": "train"})})
+    return [Message(content, flower.node_of(client), "train") for client in range(clients)]
+
+
+def test_a_large_model_lies_in_memory_once_and_is_stored_once(grids: Grids, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    grid = grids.other()
+    stored = []
+    put = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
+    values = np.random.default_rng(0).normal(size=memory.LARGE // 8 + 5)
+    model = records.array_record({"w": values.copy(), "b": np.ones(3)})
+    for _ in range(2):  # training, and evaluation of the same arrays
+        for reply in grid.stream(large_messages(grid, model, 4)):
+            assert reply.content["worker"]["shared"]
+            client = flower.client_of(reply.metadata.src_node_id)
+            np.testing.assert_array_equal(records.view(reply.content["arrays"]["w"]), 2 * values + client)
+    assert [id(record) for record in stored] == [id(model)]
+    held = records.view(model["w"])
+    assert not held.base.flags.owndata, "it is read where it is stored"
+    grid.close()
+    np.testing.assert_array_equal(records.view(model["w"]), values)
+    assert records.view(model["w"]).base.flags.owndata, "and comes home in the end"
+
+
+def test_large_replies_give_the_stores_pages_back(grids: Grids) -> None:
+    grid = grids.other()
+    size = 4 * memory.LARGE
+    model = records.array_record({"w": np.ones(size // 8)})
+    before = shared_bytes()
+    for reply in grid.stream(large_messages(grid, model, CLIENTS)):
+        assert (records.view(reply.content["arrays"]["w"]) == 2 + flower.client_of(reply.metadata.src_node_id)).all()
+        del reply
+    assert shared_bytes() - before < 1.5 * size, "the model's own pages, and none of the eight replies'"
+    grid.close()
+
+
+def shared_bytes() -> int:
+    """Return the bytes of the object store that are mapped into this process and in memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem"))
+    return 1024 * int(line.split()[1])
 
 
 # ---------------------------------------------------------------------------------------------- the cohort's window

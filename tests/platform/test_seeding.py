@@ -68,3 +68,17 @@ def test_a_scope_inside_another_leaves_the_outer_one_as_it_was():
         with seeding.scoped(2):
             draw()
         assert [first, draw()] == undisturbed
+
+
+def test_a_scope_puts_numpys_state_back_to_the_last_word():
+    for draws in (0, 1, 2, 3, 311, 312, 700):
+        np.random.seed(5)
+        np.random.standard_normal(draws)
+        before = np.random.get_state(legacy=False)
+        with seeding.scoped(1):
+            np.random.standard_normal()
+        after = np.random.get_state(legacy=False)
+        assert before.keys() == after.keys()
+        assert (before["has_gauss"], before["gauss"]) == (after["has_gauss"], after["gauss"])
+        assert before["state"]["pos"] == after["state"]["pos"]
+        np.testing.assert_array_equal(before["state"]["key"], after["state"]["key"])

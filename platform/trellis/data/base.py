@@ -64,7 +64,10 @@ class Split:
 
     def batch(self, index: Tensor) -> Batch:
         """Gather the examples at positions ``index`` (int64, within this split) by one copy per field."""
-        rows = self.rows[index]
+        return self.gather(self.rows[index], index)
+
+    def gather(self, rows: Tensor, index: Tensor) -> Batch:
+        """Gather the examples at positions ``index`` whose rows, ``self.rows[index]``, are at hand already."""
         return Batch({name: tensor.index_select(0, rows) for name, tensor in self.fields.items()}, index)
 
     def subset(self, index: Tensor) -> Split:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, Message, RecordDict
 from numpy.typing import NDArray
 
-from trellis.grids._npy import PayloadError, opened
-from trellis.grids._updates import Key, Measurement, Values, measure
+from trellis import memory
+from trellis.grids._npy import PayloadError, declared, opened
+from trellis.grids._updates import Key, Layout, Measurement, Values, measure
 from trellis.records import array_records, arrays_of, metric_records
 from trellis.scenario import Screening
 
@@ -37,6 +39,7 @@ class Reply:
         to: the message that was sent.
         expected: the arrays that must come back; None where the category leaves them open.
         sent: the values that were sent.
+        layout: they as one array, where the model is small.
         counted: whether it is part of the cohort's direction by now.
         cosine: with that direction, leaving itself out; None where there is no such thing.
         comparable: whether there are enough others and dimensions for the cosine to mean something.
@@ -47,6 +50,7 @@ class Reply:
     settings: Screening
     expected: Expected | None
     sent: Values
+    layout: Layout | None = None
     counted: bool = False
     cosine: float | None = None
     comparable: bool = False
@@ -57,19 +61,42 @@ class Reply:
         return list(arrays_of(self.message.content))
 
     @cached_property
-    def values(self) -> dict[Key, NDArray[Any]]:
-        """The arrays' values, without a copy. Raises PayloadError, naming the array."""
-        values = {}
+    def as_expected(self) -> bool:
+        """Whether names, shapes and dtypes are the expected ones to the letter, seen in one comparison."""
+        return self.expected is not None and self.expected == {
+            name: {key: (array.shape, array.dtype) for key, array in record.items()}
+            for name, record in array_records(self.message.content).items()
+        }
+
+    @cached_property
+    def values(self) -> Values:
+        """The arrays' values: a view where they are in memory, read at each look where they wait on disk.
+
+        Raises PayloadError, naming the array.
+        """
+        found: dict[Key, NDArray[Any]] = {}
+        waiting: dict[Key, Callable[[], NDArray[Any]]] = {}
         for record, name, array in self.arrays:
             try:
-                values[record, name] = opened(array)
+                if isinstance(array, memory.SpilledArray):
+                    declared(array)
+                    waiting[record, name] = array.view
+                else:
+                    found[record, name] = opened(array)
             except PayloadError as error:
                 raise PayloadError(f"{short(f'{record}/{name}')} {error}") from None
-        return values
+        return memory.Lazily(found, waiting) if waiting else found
 
     @cached_property
     def measured(self) -> Measurement:
-        return measure(self.values, self.sent)
+        found = self.layout.measure(self.values) if self.layout else None
+        return measure(self.values, self.sent) if found is None else found
+
+    def wait(self, folder: Path | None) -> None:
+        """Let go of the values until they are needed again, if they are large: they wait on disk."""
+        if memory.spill(self.message, folder):
+            self.__dict__.pop("arrays", None)
+            self.__dict__.pop("values", None)
 
     @cached_property
     def metrics(self) -> tuple[str, Mapping[str, Any]]:
@@ -106,7 +133,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _names(reply: Reply) -> str | None:
-    if reply.expected is None:
+    if reply.expected is None or reply.as_expected:
         return None
     found: dict[str, set[str]] = {record: set() for record in array_records(reply.message.content)}
     for record, name, _ in reply.arrays:
@@ -121,6 +148,8 @@ def _names(reply: Reply) -> str | None:
 
 
 def _wanted(reply: Reply) -> Iterable[tuple[Key, Array, Shape, str]]:
+    if reply.as_expected:
+        return
     for record, name, array in reply.arrays:
         wanted = (reply.expected or {}).get(record, {}).get(name)
         if wanted is not None:

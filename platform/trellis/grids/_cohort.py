@@ -2,7 +2,8 @@
 
 The first replies of a round are held back until ``HOLD`` of them stand, and judged together: the median of
 six norms and the direction of the five others are little moved by one offender among them. Later replies
-are judged one by one against what was admitted. So at most ``HOLD`` replies and one model are held.
+are judged one by one against what was admitted. So at most ``HOLD`` replies and one model are held, on disk
+where they are large.
 
 Limits. One bad norm shows among three replies, or after three of earlier rounds; one sign flip among six,
 and only where clients agree as much as it disagrees. Models of fewer than a hundred numbers have no usable
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 
 from trellis.grids._checks import Reply, short
@@ -40,9 +42,12 @@ class Cohort:
         settings: the scenario's ``screening``.
         history: norms admitted in earlier rounds; this round's are added when it is finished.
         updates: whether the replies are updates of the model (train) or only metrics (evaluate).
+        folder: where large replies wait; None for the system's temporary folder.
     """
 
-    def __init__(self, settings: Screening, history: deque[float], *, updates: bool) -> None:
+    def __init__(
+        self, settings: Screening, history: deque[float], *, updates: bool, folder: Path | None = None
+    ) -> None:
         self.settings = settings
         self.updates = updates
         self.history = history
@@ -50,7 +55,8 @@ class Cohort:
         self.limit: float | None = None
         self.schema: Schema | None = None
         self.cosines: deque[float] = deque(maxlen=MEMORY)
-        self.direction = Direction() if updates and settings.min_cosine is not None else None
+        self.direction = Direction(folder) if updates and settings.min_cosine is not None else None
+        self.folder = folder
         self._held: list[Reply] = []
         self._open = False
 
@@ -64,6 +70,8 @@ class Cohort:
             yield from self._judge_held()
             if len(self._held) >= HOLD:
                 yield from self._release()
+        for held in self._held[-1:]:  # those before it went to wait when they came
+            held.wait(self.folder)
 
     def finish(self) -> Iterator[Decision]:
         """Decide on all that is still held: no more replies come."""
@@ -123,7 +131,7 @@ class Cohort:
     def _drop(self, reply: Reply, reason: str) -> Decision:
         self._held.remove(reply)
         if reply.counted and self.direction:
-            self.direction.add(reply.values, reply.sent, reply.measured.norm, self._along(reply), sign=-1)
+            self.direction.add(reply.values, reply.sent, reply.measured, self._along(reply), sign=-1)
         return reply, reason
 
     def _settle_schema(self) -> None:
@@ -151,11 +159,11 @@ class Cohort:
     def _along(self, reply: Reply) -> float:
         if self.direction is None or not self._norm(reply) > 0:
             return 0.0
-        return self.direction.along(reply.values, reply.sent, reply.measured.norm)
+        return self.direction.along(reply.values, reply.sent, reply.measured)
 
     def _count(self, reply: Reply, along: float) -> None:
         if self.direction and not reply.counted and self._norm(reply) > 0:
-            self.direction.add(reply.values, reply.sent, reply.measured.norm, along)
+            self.direction.add(reply.values, reply.sent, reply.measured, along)
             reply.counted = True
 
     def _compare(self, reply: Reply) -> float:

@@ -16,7 +16,10 @@ from flwr.app import Array
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trellis.records import NPY_STYPE, LiveArray
+from trellis.records import NPY_STYPE, LiveArray, name_of
+
+NUMBERS = "biufc"
+"""Kinds of dtype that hold numbers."""
 
 MAX_HEADER = 4096
 """Characters of a header that are parsed at most; NumPy writes some eighty."""
@@ -35,7 +38,12 @@ def opened(array: Array) -> NDArray[Any]:
     """
     if array.stype != NPY_STYPE:
         raise PayloadError(f"is serialised as {array.stype!r}, not {NPY_STYPE!r}")
-    shape, dtype = _declared(array)
+    if type(array) is LiveArray:
+        values = array.view()
+        # A live array that was made from these values and not changed since.
+        if array.shape == values.shape and array.dtype == name_of(values.dtype) and values.dtype.kind in NUMBERS:
+            return values
+    shape, dtype = declared(array)
     if isinstance(array, LiveArray):
         values = array.view()
         if values.shape != shape or values.dtype != dtype:
@@ -54,14 +62,15 @@ def opened(array: Array) -> NDArray[Any]:
     return values.reshape(shape, order="F" if order == "F" else "C")
 
 
-def _declared(array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def declared(array: Array) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and dtype that an array says it has. Raises PayloadError if there can be no such array."""
     try:
         if not isinstance(array.dtype, str):  # NumPy would read None as float64
             raise TypeError
         dtype = np.dtype(array.dtype)
     except (TypeError, ValueError, SyntaxError):
         raise PayloadError(f"declares the unknown dtype {str(array.dtype)[:40]!r}") from None
-    if dtype.kind not in "biufc":
+    if dtype.kind not in NUMBERS:
         raise PayloadError(f"declares dtype {str(array.dtype)[:40]!r}, which holds no numbers")
     shape = tuple(array.shape)
     if not all(type(length) is int and length >= 0 for length in shape):

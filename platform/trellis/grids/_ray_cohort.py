@@ -6,13 +6,14 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import Message
 
 from trellis import flower
+from trellis.grids._ray_contents import Contents, Parcel
+from trellis.records import content_bytes
 
-_keys = itertools.count(1)
+_tickets = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,43 @@ class Turn:
         return flower.client_of(self.message.metadata.dst_node_id)
 
 
+class Batch:
+    """Turns that a worker is sent in one call, and hands in together.
+
+    Attributes:
+        turns: in the order in which they are run. None for one that went to another worker meanwhile: whatever
+            becomes of it here does not count.
+        tickets: a number for each, unique in this process, by which the worker tells which one it is at.
+    """
+
+    def __init__(self, turns: Iterable[Turn]) -> None:
+        self.turns: list[Turn | None] = list(turns)
+        self.tickets = [next(_tickets) for _ in self.turns]
+
+    @property
+    def counting(self) -> list[Turn]:
+        """The turns that count."""
+        return [turn for turn in self.turns if turn is not None]
+
+    @property
+    def alone(self) -> bool:
+        return any(turn.alone for turn in self.counting)
+
+    def take_back(self, but: int | None) -> list[Turn]:
+        """Take back all turns but the one with a ticket; if none here has it, all but the first."""
+        kept = self.tickets.index(but) if but in self.tickets else 0
+        taken = [turn for place, turn in enumerate(self.turns) if turn is not None and place != kept]
+        self.turns = [turn if place == kept else None for place, turn in enumerate(self.turns)]
+        return taken
+
+
 class Cohort:
     """The turns of one stream.
 
     Attributes:
         waiting: turns that no worker has, the oldest first.
         open: turns without a reply, by position, the oldest first.
+        largest: bytes of the largest content.
     """
 
     def __init__(self, messages: Sequence[Message], window: int) -> None:
@@ -47,13 +79,26 @@ class Cohort:
         self.open = {turn.position: turn for turn in self.waiting}
         self._window = window
         self._users = Counter(id(message.content) for message in messages)
-        self._stored: dict[int, tuple[int, Any]] = {}
+        self._parcels: dict[int, Parcel] = {}
+        self.largest = largest(messages)
 
-    def next(self, beside: Turn | None = None) -> Turn | None:
+    def batch(self, most: int, beside: Turn | Batch | None = None) -> Batch | None:
+        """Take the next turns for a worker, at most so many, all with one content. ``beside`` as for ``next``."""
+        first = turn = self.next(beside)
+        if first is None:
+            return None
+        turns = [first]
+        while len(turns) < most and self.waiting and self.waiting[0].message.content is first.message.content:
+            if turns[-1].alone or (turn := self.next(turns[-1])) is None:
+                break
+            turns.append(turn)
+        return Batch(turns)
+
+    def next(self, beside: Turn | Batch | None = None) -> Turn | None:
         """Take the next turn for a worker, unless it is too far ahead of the oldest open one.
 
         Args:
-            beside: the turn that the worker has under way, if any. It stays alone if it or the next must be.
+            beside: what the worker has under way, if anything. It stays alone if it or the next must be.
         """
         if not self.waiting or self.waiting[0].position >= next(iter(self.open)) + self._window:
             return None
@@ -71,16 +116,17 @@ class Cohort:
         content = id(turn.message.content)
         self._users[content] -= 1
         if not self._users[content]:
-            self._stored.pop(content, None)
+            self._parcels.pop(content, None)
 
-    def content(self, turn: Turn) -> tuple[int, Any]:
-        """Return key and reference of a turn's content in the object store, where it is put when first asked for.
-
-        Messages share content that is the same object. Keys are unique in this process.
-        """
-        import ray
-
+    def parcel(self, turn: Turn, contents: Contents) -> Parcel:
+        """Return a turn's content as it is sent. Messages share content that is the same object."""
         content = turn.message.content
-        if id(content) not in self._stored:
-            self._stored[id(content)] = next(_keys), ray.put(content)
-        return self._stored[id(content)]
+        if id(content) not in self._parcels:
+            self._parcels[id(content)] = contents.packed(content)
+        return self._parcels[id(content)]
+
+
+def largest(messages: Iterable[Message]) -> int:
+    """Return the bytes of the largest content; what messages share is looked at once."""
+    contents = {id(message.content): message.content for message in messages if message.has_content()}
+    return max(map(content_bytes, contents.values()), default=0)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trellis.errors import GridError
-from trellis.grids._ray_cohort import Turn
+from trellis.grids._ray_board import Board
+from trellis.grids._ray_cohort import Batch, Turn
 from trellis.grids._ray_worker import AppFactory, Worker
 
 MAX_BUILDS = 3
@@ -21,32 +22,35 @@ class Seat:
     """A place for a worker, and what is under way there. Workers come and go, the seat stays.
 
     Attributes:
+        number: from 0; its place on the board.
         building: pending answer of a worker that makes its app; None when it is ready.
-        turns: pending answers and their turns, in the order in which the worker takes them; None for a turn
-            that went to another worker meanwhile, so that this answer does not count.
+        batches: pending answers and their turns, in the order in which the worker takes them.
         busy_since: when the worker came to the first of them, as far as is known here; monotonic clock.
         holds: key of the content that the worker has; 0 if none.
+        near: whether the worker writes on the board, so that it may be sent several turns at once.
         builds: workers in a row that died before they were ready.
         hired: when the worker was asked for, in seconds of the monotonic clock.
     """
 
+    number: int
     actor: Any = None
     building: Any = None
-    turns: deque[tuple[Any, Turn | None]] = field(default_factory=deque)
+    batches: deque[tuple[Any, Batch]] = field(default_factory=deque)
     busy_since: float = 0.0
     holds: int = 0
     builds: int = 0
     hired: float = 0.0
+    near: bool = False
 
     @property
-    def current(self) -> Turn | None:
-        """The turn that the worker is at, if any that counts."""
-        return self.turns[0][1] if self.turns else None
+    def current(self) -> Batch | None:
+        """The turns that the worker is at, if any."""
+        return self.batches[0][1] if self.batches else None
 
     @property
     def awaited(self) -> Any:
         """The answer that comes next from here, or None."""
-        return self.building or (self.turns[0][0] if self.turns else None)
+        return self.building or (self.batches[0][0] if self.batches else None)
 
 
 class Crew:
@@ -84,7 +88,8 @@ class Crew:
             num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0, max_task_retries=0, max_concurrency=1
         )
         self._actor_args = (num_clients, threads, memory_mb)
-        self.seats = [Seat() for _ in range(count)]
+        self.board = Board(count)
+        self.seats = [Seat(number) for number in range(count)]
         for seat in self.seats:
             self._hire(seat)
 
@@ -126,7 +131,7 @@ class Crew:
 
         answer, seat.building = seat.building, None
         try:
-            wrong, resident_mb = ray.get(answer)
+            wrong, resident_mb, seat.near = ray.get(answer)
         except deaths() as error:
             seat.builds += 1
             if seat.builds >= MAX_BUILDS:
@@ -153,14 +158,16 @@ class Crew:
     def replace(self, seat: Seat) -> list[Turn]:
         """Put a new worker in a seat. Returns the turns that the old one had not handed in."""
         self.check_open()
-        turns = [turn for _, turn in seat.turns if turn is not None]
-        seat.turns.clear()
+        turns = [turn for _, batch in seat.batches for turn in batch.counting]
+        seat.batches.clear()
         _dismiss(seat)
         self._hire(seat)
         return turns
 
     def close(self) -> None:
         """Dismiss every worker. Whoever waits for one gets a ``GridError``."""
+        if not self.closed:
+            self.board.close()
         self.closed = True
         for seat in self.seats:
             _dismiss(seat)
@@ -171,7 +178,7 @@ class Crew:
 
     def _hire(self, seat: Seat) -> None:
         seat.actor = self._actor.remote(*self._actor_args)
-        seat.building = seat.actor.build.remote(self._make_app)
+        seat.building = seat.actor.build.remote(self._make_app, self.board.at, seat.number)
         seat.holds = 0
         seat.hired = time.monotonic()
 

@@ -15,6 +15,8 @@ from flwr.clientapp import ClientApp
 
 from trellis import flower
 from trellis.errors import TrellisError
+from trellis.grids._ray_board import BoardAt, Place
+from trellis.grids._ray_contents import unpacked
 from trellis.grids.local import client_context, run_client
 
 AppFactory = Callable[[], ClientApp] | tuple[str, tuple[Any, ...]]
@@ -26,6 +28,12 @@ Envelope = tuple[Any, ...]
 Failed = tuple[int, str]
 Outcome = tuple[RecordDict | None, Failed | None, RecordDict | None, float, bool]
 """A reply's content or error, the state to keep, seconds it took, and whether the worker has grown too big."""
+
+Order = tuple[int, Envelope, RecordDict | None]
+"""A turn as it is sent: its ticket, the message's metadata, and what the client keeps, if anything."""
+
+BATCH_S = 0.05
+"""Seconds after which a worker hands in what it has of a batch, and leaves the rest to be sent again."""
 
 _FIELDS = (
     "run_id",
@@ -61,39 +69,56 @@ class Worker:
         self._process = psutil.Process()
         self._content: tuple[int, RecordDict] | None = None
         self._worn = False
+        self._place: Place | None = None
 
-    def build(self, make_app: AppFactory) -> tuple[str | None, float]:
-        """Make the client app. Returns what went wrong, if anything, and the memory in use in MB."""
+    def build(self, make_app: AppFactory, board: BoardAt, seat: int) -> tuple[str | None, float, bool]:
+        """Make the client app.
+
+        Returns:
+            What went wrong, if anything; the memory in use in MB; whether this process can write on the board.
+        """
         flower.enter_run()
         flower.quiet()
         try:
             self._app = make_app() if callable(make_app) else _resolve(make_app[0])(*make_app[1])
         except (Exception, SystemExit) as error:
             name = "" if isinstance(error, TrellisError) else f"{type(error).__name__}: "
-            return f"{name}{error}", 0.0
+            return f"{name}{error}", 0.0, False
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._threads)
-        return None, self._resident_mb()
+        self._place = Place.on(board, seat)
+        return None, self._resident_mb(), self._place is not None
 
-    def run(
-        self, sent: Envelope, key: int, state: RecordDict | None, content: RecordDict | None = None
-    ) -> Outcome | None:
-        """Run one client.
+    def run(self, orders: list[Order], key: int, *content: Any) -> list[Outcome | None]:
+        """Run clients one after another.
 
         Args:
-            sent: the message's metadata.
-            key: names the message's content.
-            state: what the client keeps, if anything.
-            content: the content itself; left out where the call before had the same.
+            orders: one for each.
+            key: names the content that their messages share.
+            content: the content itself, as arguments of ``unpacked``; left out where the call before had the same.
 
         Returns:
-            The outcome, or None if this worker takes no more clients because it has grown too big.
+            The outcomes. None for a client that was not run: this worker has grown too big, or its time was up.
         """
-        if self._worn:
-            return None
+        if content:
+            self._content = key, unpacked(*content)
+        outcomes: list[Outcome | None] = []
+        end = time.perf_counter() + BATCH_S
+        for ticket, sent, state in orders:
+            if self._worn or (outcomes and time.perf_counter() > end):
+                outcomes.append(None)
+                continue
+            if self._place:
+                self._place.note(ticket)
+            outcomes.append(self._run(sent, key, state))
+        return outcomes
+
+    def forget(self) -> None:
+        """Let go of the content that was sent last."""
+        self._content = None
+
+    def _run(self, sent: Envelope, key: int, state: RecordDict | None) -> Outcome:
         start = time.perf_counter()
-        if content is not None:
-            self._content = key, content
         if self._content is None or self._content[0] != key:
             return None, (flower.FAILED_WORKER, "the message's content did not reach the worker"), state, 0.0, False
         message = Message(content=self._content[1], metadata=Metadata(*sent))  # type: ignore[call-overload]

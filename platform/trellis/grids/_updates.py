@@ -12,14 +12,20 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trellis import memory
+from trellis.memory import Spill, Spilled
+
 BLOCK = 8192
 LEAST_DIMENSIONS = 100
 """In fewer dimensions random directions oppose each other by chance; here a cosine of -0.5 is five deviations off."""
+SMALL = 1 << 16
+"""Values up to which a whole model is handled as one array."""
 LEAST_CONSTANT = 16
 """Arrays with fewer elements may all be equal by chance."""
 
@@ -28,9 +34,59 @@ Key = tuple[str, str]
 Values = Mapping[Key, NDArray[Any]]
 
 
+class Layout:
+    """What was sent as one flat array, for models so small that every call counts more than the arithmetic.
+
+    Attributes:
+        shapes: shape of each array by key, in their order.
+        flat: the values, one array after another.
+    """
+
+    def __init__(self, sent: Values) -> None:
+        self.shapes = {key: values.shape for key, values in sent.items()}
+        self.flat: NDArray[np.float32] = np.concatenate([values.reshape(-1) for values in sent.values()])
+        ends = np.cumsum([values.size for values in sent.values()])
+        starts = ends - [values.size for values in sent.values()]
+        self.slices = {key: slice(*bounds) for key, *bounds in zip(sent, starts.tolist(), ends.tolist(), strict=True)}
+        long = [values.size >= LEAST_CONSTANT for values in sent.values()]
+        self._firsts, self._lasts = starts[long], ends[long] - 1
+
+    def measure(self, reply: Values) -> Measurement | None:
+        """Return what ``measure`` does of a reply without a fault; None if it must be looked at array by array."""
+        if reply.keys() != self.shapes.keys():
+            return None
+        values = [reply[key] for key in self.shapes]
+        if not all(v.dtype == np.float32 and v.shape == s for v, s in zip(values, self.shapes.values(), strict=True)):
+            return None
+        flat = np.concatenate([each.reshape(-1) for each in values])
+        if not all(math.isfinite(np.dot(block, block)) for (block,) in _blocks(flat)):
+            return None
+        if (flat[self._firsts] == flat[self._lasts]).any() or _subnormals(flat):
+            return None
+        result, square, changed = Measurement(), 0.0, False
+        with np.errstate(all="ignore"):
+            result.layout, result.update = self, _difference(flat, self.flat)
+            for block, old_block, difference in _blocks(flat, self.flat, result.update):
+                part, moved = _square(block, old_block, difference)
+                changed = changed or moved
+                square += part
+        result.norm, result.unchanged = math.sqrt(square), not changed
+        return result
+
+
+def layout_of(sent: Values) -> Layout | None:
+    """Return a small model's layout; None for one that is large, empty, or not of single precision throughout."""
+    size = sum(values.size for values in sent.values())
+    plain = all(values.dtype == np.float32 and values.size for values in sent.values())
+    return Layout(sent) if 0 < size <= SMALL and plain else None
+
+
 @dataclass
 class Measurement:
-    """What one pass over a reply tells. The texts name the first array of which they are true."""
+    """What one pass over a reply tells. The texts name the first array of which they are true.
+
+    ``update`` is the difference to what was sent, in the order of its ``Layout``, where there is one.
+    """
 
     nonfinite: str | None = None
     subnormal: str | None = None
@@ -38,6 +94,8 @@ class Measurement:
     unchanged: bool = False
     norm: float = 0.0
     """L2 norm of reply minus sent over float arrays that were sent in the same shape."""
+    update: NDArray[np.float32] | None = None
+    layout: Layout | None = None
 
 
 def measure(reply: Values, sent: Values) -> Measurement:
@@ -68,9 +126,10 @@ def measure(reply: Values, sent: Values) -> Measurement:
     return result
 
 
-def _square(block: NDArray[Any], old: NDArray[Any]) -> tuple[float, bool]:
+def _square(block: NDArray[Any], old: NDArray[Any], difference: NDArray[Any] | None = None) -> tuple[float, bool]:
     """Return the squared norm of a block's update, and whether there is any."""
-    difference = _difference(block, old)
+    if difference is None:
+        difference = _difference(block, old)
     square = float(np.dot(difference, difference))
     if not 1e-30 < square < 1e30:  # so large or small that float32 may have lost it
         difference = np.subtract(block, old, dtype=np.float64)
@@ -139,25 +198,42 @@ def _blocks(*flats: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
 
 
 class Direction:
-    """The cohort's direction: the sum of its updates, each scaled to norm one. Holds one model in float32."""
+    """The cohort's direction: the sum of its updates, each scaled to norm one, in float32.
 
-    def __init__(self) -> None:
+    That is one model. The sum of a large one is kept on disk.
+
+    Args:
+        folder: where the sum of a large model is kept; None for the system's temporary folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.count = 0
         self.square = 0.0
-        self._sum: dict[Key, NDArray[np.float32]] = {}
+        self._folder = folder
+        self._spill: Spill | None = None
+        self._sum: dict[Key, NDArray[np.float32] | Spilled] = {}
+        self._layout: Layout | None = None
+        self._flat = np.zeros(0, np.float32)
 
-    def along(self, reply: Values, sent: Values, norm: float) -> float:
+    def along(self, reply: Values, sent: Values, measured: Measurement) -> float:
         """Return the inner product of the sum with an update, scaled to norm one."""
         total = 0.0
-        for difference, part in self._pairs(reply, sent):
-            total += float(np.dot(difference, part))
-        return total / norm
+        if (update := self._whole(measured)) is not None:
+            for block, part in _blocks(update, self._flat):
+                total += float(np.dot(block, part))
+        else:
+            for difference, part in self._pairs(reply, sent):
+                total += float(np.dot(difference, part))
+        return total / measured.norm
 
-    def add(self, reply: Values, sent: Values, norm: float, along: float, sign: int = 1) -> None:
+    def add(self, reply: Values, sent: Values, measured: Measurement, along: float, sign: int = 1) -> None:
         """Add an update to the sum, or take it out again with ``sign`` -1. ``along`` is what that method returns."""
-        for difference, part in self._pairs(reply, sent):
-            difference *= sign / norm
-            np.add(part, difference, out=part, casting="same_kind")
+        if (update := self._whole(measured)) is not None:
+            self._flat += update * (sign / measured.norm)
+        else:
+            for difference, part in self._pairs(reply, sent, write=True):
+                difference *= sign / measured.norm
+                np.add(part, difference, out=part, casting="same_kind")
         self.count += sign
         self.square = max(0.0, self.square + 2 * sign * along + 1.0)
 
@@ -180,15 +256,36 @@ class Direction:
         dimensions = sum(part.size for part in self._sum.values())
         return max(-1.0, min(1.0, along / math.sqrt(square))), others, dimensions >= LEAST_DIMENSIONS
 
-    def _pairs(self, reply: Values, sent: Values) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Yield blocks of the update (the caller's to change) beside the sum's."""
+    def _whole(self, measured: Measurement) -> NDArray[np.float32] | None:
+        """Return the update as one array where the sum is one too, in the same order."""
+        layout = measured.layout
+        if layout is not None and not self._sum:
+            self._layout, self._flat = layout, np.zeros_like(layout.flat)
+            self._sum.update({key: self._flat[part] for key, part in layout.slices.items()})
+        same = layout is self._layout or (layout and self._layout and layout.slices == self._layout.slices)
+        return measured.update if same else None
+
+    def _pairs(
+        self, reply: Values, sent: Values, *, write: bool = False
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield blocks of the update (the caller's to change) beside the sum's, which is changed if ``write``."""
         for key, values in reply.items():
             before = _counterpart(values, sent.get(key))
             if before is None or values.dtype.kind not in "fc":
                 continue
-            flat = _flat(values)
-            total = self._sum.get(key)
-            if total is None:
-                total = self._sum[key] = np.zeros(flat.size, np.float32)
-            for block, old, part in _blocks(flat, _flat(before), total):
-                yield _difference(block, old), part
+            flat, flat_before = _flat(values), _flat(before)
+            if key not in self._sum:
+                self._sum[key] = self._zeros(flat.size, sent)
+            total = self._sum[key]
+            for start, piece in ((0, total),) if isinstance(total, np.ndarray) else total.pieces(write=write):
+                ahead = slice(start, start + piece.size)
+                for block, old, part in _blocks(flat[ahead], flat_before[ahead], piece):
+                    yield _difference(block, old), part
+                    del block
+            del values, flat  # or they would be held while the next are read from disk
+
+    def _zeros(self, size: int, sent: Values) -> NDArray[np.float32] | Spilled:
+        if self._spill is None and sum(values.nbytes for values in sent.values()) >= memory.LARGE:
+            self._spill = Spill(self._folder)
+        dtype = np.dtype(np.float32)
+        return np.zeros(size, dtype) if self._spill is None else self._spill.zeros((size,), dtype)

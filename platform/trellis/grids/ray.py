@@ -1,8 +1,8 @@
 """Clients on Ray: persistent workers that hold one client app each and walk through the cohort.
 
-What a round costs beside the clients' own work is one call to an actor per client. Content that messages
-share goes into the object store once, and to each worker once; workers read it without a copy. A worker gets
-its next client when it hands in a reply; nothing polls.
+What a round costs beside the clients' own work is one call to an actor per client, or per batch of clients that take
+no more than a few milliseconds. Content that messages share goes to each worker once. A worker gets its next client
+when it hands in a reply; nothing polls.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from dataclasses import replace
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from trellis import flower
+from trellis import flower, memory
 from trellis.errors import GridError
-from trellis.grids._ray_cohort import Cohort, Turn
+from trellis.grids._ray_cohort import Batch, Cohort, Turn, largest
+from trellis.grids._ray_contents import Contents
 from trellis.grids._ray_crew import Crew, Seat, cause, deaths, last_line
-from trellis.grids._ray_session import start_ray, stop_ray
+from trellis.grids._ray_session import INLINE_BYTES, give_back_pages, start_ray, stop_ray
 from trellis.grids._ray_worker import AppFactory, Outcome, envelope
 from trellis.grids.base import ClientGrid
-from trellis.records import LiveArray, content_bytes
+from trellis.records import LiveArray
 
 __all__ = ["AppFactory", "RayGrid", "start_ray", "stop_ray"]
 
@@ -34,6 +35,9 @@ MAX_CRASHES = 3
 PIPELINED_BELOW_S = 0.05
 """Where clients take less than this, each worker has its next client at hand while it works on one. Longer
 clients wait with the grid instead, so that none stands behind a slow one while another worker is idle."""
+
+BATCH_S = 0.01
+"""Clients that take no longer than this together go to a worker in one call, which costs as much as one client's."""
 
 STRANDED_AFTER_S = 1.0
 """A client at hand that waits this long for the one before it goes to an idle worker, if there is one."""
@@ -94,10 +98,12 @@ class RayGrid(ClientGrid):
         super().__init__(num_clients)
         self.crashes: Counter[int] = Counter()
         self._pace = float("inf")  # seconds that clients take, of late
+        self._large = False  # whether what is being sent is large
         self._streaming = threading.Lock()
         self._pushed: queue.SimpleQueue[list[Message] | None] = queue.SimpleQueue()
         self._pusher: threading.Thread | None = None
         self._finished_lock = threading.Lock()
+        self._contents = Contents()
         self._owns_ray = start_ray(address)
         try:
             self._crew = Crew(
@@ -150,6 +156,7 @@ class RayGrid(ClientGrid):
 
     def close(self) -> None:
         """Stop the workers, and Ray if this grid started it."""
+        self._contents.close()
         self._crew.close()
         if self._pusher is not None:
             self._pushed.put(None)
@@ -166,6 +173,7 @@ class RayGrid(ClientGrid):
             self.start()
             end = None if timeout is None else time.monotonic() + timeout
             cohort = Cohort(messages, window=_window(messages, self.workers))
+            self._large = cohort.largest >= memory.LARGE
             while cohort.open:
                 self._crew.check_open()
                 if end is None or time.monotonic() < end:
@@ -181,95 +189,136 @@ class RayGrid(ClientGrid):
                 if arrived or not cohort.open:
                     continue
                 if rescue is not None and (end is None or rescue < end):
-                    _rescue(stranded, cohort)
+                    self._rescue(stranded, cohort)
                 else:
                     self._stop_clients()
                     yield from _cut(cohort, f"no reply before the deadline of {timeout:g} s")
         finally:
             self._stop_clients()  # also where the caller wants no more replies
+            self._forget()
             self._streaming.release()
 
     def _dispatch(self, cohort: Cohort) -> Iterator[Message]:
-        """Give every worker that has room the next client, the idle ones first."""
+        """Give every worker that has room the next clients, the idle ones first."""
+        if self._large:
+            memory.trim()  # what the reply before has freed
         quarantined: list[Turn] = []
         slow = time.monotonic() - PIPELINED_BELOW_S
+        most = self._batch_size(cohort)
         for depth in range(2 if self._pace < PIPELINED_BELOW_S else 1):
             for seat in self._crew.seats:
-                if seat.building or (seat.turns and seat.busy_since < slow):
+                if seat.building or (seat.batches and seat.busy_since < slow):
                     continue
-                while len(seat.turns) <= depth and (turn := cohort.next(beside=seat.current)):
-                    if self.crashes[turn.client] >= MAX_CRASHES:
+                while len(seat.batches) <= depth:
+                    batch = cohort.batch(most if seat.near else 1, beside=seat.current)
+                    if batch is None:
+                        break
+                    barred = [turn for turn in batch.counting if self.crashes[turn.client] >= MAX_CRASHES]
+                    for turn in barred:
                         cohort.close(turn)
-                        quarantined.append(turn)
-                    else:
-                        self._send(seat, turn, cohort)
+                    quarantined.extend(barred)
+                    if allowed := [turn for turn in batch.counting if turn not in barred]:
+                        self._send(seat, Batch(allowed), cohort)
         for turn in quarantined:
             yield flower.failure(turn.message, flower.FAILED_WORKER, f"quarantined after {MAX_CRASHES} crashes")
 
-    def _send(self, seat: Seat, turn: Turn, cohort: Cohort) -> None:
-        key, content = cohort.content(turn)
-        args = (envelope(turn.message), key, self.states.get(turn.client))
-        answer = seat.actor.run.remote(*args) if seat.holds == key else seat.actor.run.remote(*args, content)
-        seat.holds = key
-        if not seat.turns:
+    def _batch_size(self, cohort: Cohort) -> int:
+        """Return how many clients go in one call: no more than a worker's share, and few unless short and small."""
+        share = -(-len(cohort.waiting) // self.workers)
+        inline = INLINE_BYTES // max(cohort.largest, 1)
+        return max(1, min(share, inline, int(BATCH_S / max(self._pace, 1e-6))))
+
+    def _send(self, seat: Seat, batch: Batch, cohort: Cohort) -> None:
+        turns = batch.counting
+        parcel = cohort.parcel(turns[0], self._contents)
+        orders = [
+            (ticket, envelope(turn.message), self.states.get(turn.client))
+            for ticket, turn in zip(batch.tickets, turns, strict=True)
+        ]
+        content = () if seat.holds == parcel.key else parcel.arguments
+        answer = seat.actor.run.remote(orders, parcel.key, *content)
+        seat.holds = parcel.key
+        if not seat.batches:
             seat.busy_since = time.monotonic()
-        seat.turns.append((answer, turn))
+        seat.batches.append((answer, batch))
 
     def _stranded(self) -> list[Seat]:
         """Return seats where a client waits for the one before it, while another worker has nothing to do."""
         seats = self._crew.seats
-        if all(seat.turns or seat.building for seat in seats):
+        if all(seat.batches or seat.building for seat in seats):
             return []
-        return [seat for seat in seats if len(seat.turns) > 1 and seat.turns[-1][1] is not None]
+        return [seat for seat in seats if sum(len(batch.counting) for _, batch in seat.batches) > 1]
+
+    def _rescue(self, stranded: list[Seat], cohort: Cohort) -> None:
+        """Take back clients that wait for one that takes long. Should one be run twice, one reply counts.
+
+        Those that were done before it are among them: their replies come with the slow one's only.
+        """
+        seat = min(stranded, key=lambda seat: seat.busy_since)
+        at = self._crew.board.read(seat.number) if seat.near else None
+        (_, current), *following = seat.batches
+        taken = current.take_back(but=at)
+        for _, batch in following:
+            taken += batch.counting
+            batch.turns = [None] * len(batch.turns)
+        cohort.give_back(taken)
 
     def _take(self, seat: Seat, cohort: Cohort) -> Iterator[Message]:
-        """Yield the reply that has come from a worker, or an error reply for the client it failed at."""
+        """Yield the replies that have come from a worker, or an error reply for the client it failed at."""
         import ray
 
-        answer, turn = seat.turns.popleft()
+        answer, batch = seat.batches.popleft()
         seat.busy_since = time.monotonic()
         try:
-            outcome: Outcome | None = ray.get(answer)
+            outcomes: list[Outcome | None] = ray.get(answer)
         except deaths() as error:
-            yield from self._bury(seat, turn, cohort, error)
+            yield from self._bury(seat, batch, cohort, error)
             return
-        except Exception as error:  # the reply could not be pickled there, or not be read here
+        except Exception as error:  # a reply could not be pickled there, or not be read here
             seat.holds = 0
-            if turn is None:
+            if len(batch.turns) > 1:
+                cohort.give_back(replace(turn, alone=True) for turn in batch.counting)
                 return
-            cohort.close(turn)
-            reason = f"its reply could not be sent: {last_line(error)}"
-            yield flower.failure(turn.message, flower.FAILED_CLIENT, reason)
+            for turn in batch.counting:
+                cohort.close(turn)
+                reason = f"its reply could not be sent: {last_line(error)}"
+                yield flower.failure(turn.message, flower.FAILED_CLIENT, reason)
             return
-        if turn is None:
-            return
-        if outcome is None:  # the worker has grown too big since it was given this turn
-            cohort.give_back([turn])
-            return
-        content, failed, state, seconds, worn = outcome
-        if worn:
+        del answer  # or the object store would keep large replies until all have been merged
+        missing = [turn for turn, outcome in zip(batch.turns, outcomes, strict=True) if turn and not outcome]
+        cohort.give_back(missing)
+        if any(outcome and outcome[-1] for outcome in outcomes):
             log.info("a worker is replaced: it holds more than %s MB", self._crew.memory_mb)
             cohort.give_back(self._crew.replace(seat))
+        outcomes.reverse()
+        for each in batch.turns:
+            if (outcome := outcomes.pop()) is not None and each is not None:
+                yield self._reply(each, outcome, cohort)
+            del outcome  # a large model's place in the object store, before its worker goes on
+
+    def _reply(self, turn: Turn, outcome: Outcome, cohort: Cohort) -> Message:
+        content, failed, state, seconds, _ = outcome
         cohort.close(turn)
         self._pace = seconds if self._pace == float("inf") else 0.9 * self._pace + 0.1 * seconds
         self.keep_state(turn.client, RecordDict() if state is None else _owned(state))
         if content is not None:
-            yield flower.reply(content, turn.message)
-        else:
-            assert failed is not None
-            yield flower.failure(turn.message, *failed)
+            give_back_pages(content)
+            return flower.reply(content, turn.message)
+        assert failed is not None
+        return flower.failure(turn.message, *failed)
 
-    def _bury(self, seat: Seat, turn: Turn | None, cohort: Cohort, error: Exception) -> Iterator[Message]:
+    def _bury(self, seat: Seat, batch: Batch, cohort: Cohort, error: Exception) -> Iterator[Message]:
         """Replace a worker that died, and yield an error reply for the client it died at, where that is certain.
 
-        It is where one client was under way. Of two, the first may have been done, and its reply lost with the
-        worker when the second brought that down; so both are run again, each alone.
+        It is where one client was under way. Of several, the first may have been done, and its reply lost with the
+        worker when the next brought that down; so all are run again, each alone.
         """
-        others = bool(seat.turns)
+        others = bool(seat.batches) or len(batch.turns) > 1
         behind = self._crew.replace(seat)
-        if turn is None or others:
-            cohort.give_back(replace(each, alone=True) for each in (turn, *behind) if each is not None)
+        if others or not batch.counting:
+            cohort.give_back(replace(turn, alone=True) for turn in (*batch.counting, *behind))
             return
+        (turn,) = batch.counting
         cohort.close(turn)
         self.crashes[turn.client] += 1
         log.info("client %d: its worker died: %s", turn.client, error)
@@ -278,8 +327,18 @@ class RayGrid(ClientGrid):
     def _stop_clients(self) -> None:
         """Stop whatever is under way. Only a worker's end can stop a client, so its worker is replaced."""
         for seat in self._crew.seats:
-            if seat.turns and not self._crew.closed:
+            if seat.batches and not self._crew.closed:
                 self._crew.replace(seat)
+
+    def _forget(self) -> None:
+        """Have workers let go of a large model, so that its place in the object store is free for the next."""
+        if not self._large or self._crew.closed:
+            return
+        self._large = False
+        for seat in self._crew.seats:
+            if seat.holds:
+                seat.actor.forget.remote()
+                seat.holds = 0
 
     def _answer_pushed(self) -> None:
         """Answer pushed messages batch by batch, in a thread of its own."""
@@ -300,15 +359,6 @@ class RayGrid(ClientGrid):
 
 def _earlier(*moments: float | None) -> float | None:
     return min((moment for moment in moments if moment is not None), default=None)
-
-
-def _rescue(stranded: list[Seat], cohort: Cohort) -> None:
-    """Take back the client that has waited longest for the one before it. Should it be run twice, one counts."""
-    seat = min(stranded, key=lambda seat: seat.busy_since)
-    answer, turn = seat.turns.pop()
-    assert turn is not None
-    seat.turns.append((answer, None))
-    cohort.give_back([turn])
 
 
 def _cut(cohort: Cohort, reason: str) -> Iterator[Message]:
@@ -332,6 +382,4 @@ def _owned(state: RecordDict) -> RecordDict:
 
 def _window(messages: list[Message], workers: int) -> int:
     """Return how many messages may be under way or answered ahead of the oldest open one."""
-    contents = {id(message.content): message.content for message in messages if message.has_content()}
-    largest = max(map(content_bytes, contents.values()), default=0)
-    return max(2 * workers, min(max(4 * workers, 16), AHEAD_BYTES // max(largest, 1)))
+    return max(2 * workers, min(max(4 * workers, 16), AHEAD_BYTES // max(largest(messages), 1)))

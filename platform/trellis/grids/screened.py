@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
@@ -20,7 +21,7 @@ from flwr.serverapp import Grid
 from trellis import flower
 from trellis.grids._checks import Expected, Reply, category, expected_of, offence, values_of
 from trellis.grids._cohort import MEMORY, Cohort
-from trellis.grids._updates import Values
+from trellis.grids._updates import Layout, Values, layout_of
 from trellis.grids.base import Layer
 from trellis.scenario import Screening
 
@@ -30,6 +31,7 @@ data may fall under. Every other code is something an honest client does not do,
 
 ExpectedOf = Callable[[Message], Expected | None]
 ProblemWith = Callable[[Message, Message], str | None]
+_Payload = tuple[Expected, Values, Layout | None]
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Screened(Layer):
             message) means those that were sent for "train", and leaves them open for "query".
         problem_with: what the strategy itself finds wrong with the content of a reply, given the message that was
             sent and the reply, as ``"code: reason"``; None if nothing. Asked after the gate's own checks.
+        folder: where large replies are held back; None for the system's temporary folder.
 
     Attributes:
         offences: refused replies by client number, without those of a code in ``PARDONED``; quarantine starts
@@ -108,8 +111,10 @@ class Screened(Layer):
         *,
         expected: ExpectedOf | None = None,
         problem_with: ProblemWith | None = None,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(inner)
+        self.folder = folder
         self.settings = settings
         self.expected = expected
         self.problem_with = problem_with
@@ -167,7 +172,7 @@ class Screened(Layer):
     def _admitted(self, ledger: _Ledger, replies: Iterable[Message]) -> Iterator[Message]:
         """Judge replies as they come: protocol, quarantine, the reply by itself, then beside its cohort."""
         cohorts: dict[str, Cohort] = {}
-        payloads: dict[int, tuple[Expected, Values]] = {}
+        payloads: dict[int, _Payload] = {}
         for message in replies:
             if breach := ledger.breach(message):
                 self.counts[breach[0]] += 1
@@ -178,7 +183,7 @@ class Screened(Layer):
             yield from self._decided(cohort.finish())
 
     def _judged(
-        self, message: Message, to: Message, cohorts: dict[str, Cohort], payloads: dict[int, tuple[Expected, Values]]
+        self, message: Message, to: Message, cohorts: dict[str, Cohort], payloads: dict[int, _Payload]
     ) -> Iterator[Message]:
         """Yield what is decided now that one more reply is there."""
         if message.has_error():
@@ -201,22 +206,23 @@ class Screened(Layer):
                 self.measured[reply.message.metadata.reply_to_message_id] = (reply.measured.norm, reply.cosine)
             yield reply.message if reason is None else self._refuse(reply.message, reason)
 
-    def _reply(self, message: Message, to: Message, payloads: dict[int, tuple[Expected, Values]]) -> Reply:
+    def _reply(self, message: Message, to: Message, payloads: dict[int, _Payload]) -> Reply:
         # A payload is usually shared by all messages of a round: read it once.
         if id(to.content) not in payloads:
-            payloads[id(to.content)] = expected_of(to), values_of(to.content)
-        as_sent, values = payloads[id(to.content)]
+            sent = values_of(to.content)
+            payloads[id(to.content)] = expected_of(to), sent, layout_of(sent)
+        as_sent, values, layout = payloads[id(to.content)]
         expected = self.expected(to) if self.expected else None
         if expected is None and category(to) == "train":
             expected = as_sent
-        return Reply(message, to, self.settings, expected, values)
+        return Reply(message, to, self.settings, expected, values, layout)
 
     def _cohort(self, cohorts: dict[str, Cohort], to: Message) -> Cohort:
         kind = to.metadata.message_type
         if kind not in cohorts:
             updates = category(to) == "train"
             history = self.norms.setdefault(kind, deque(maxlen=MEMORY)) if updates else deque[float]()
-            cohorts[kind] = Cohort(self.settings, history, updates=updates)
+            cohorts[kind] = Cohort(self.settings, history, updates=updates, folder=self.folder)
         return cohorts[kind]
 
     def _offence(self, reply: Reply) -> str | None:
