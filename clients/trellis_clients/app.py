@@ -185,11 +185,20 @@ class Evaluator:
     def __init__(self, sites: Sites, name: str) -> None:
         self.site = sites.get(name)
 
+    @property
+    def metric(self) -> tuple[str, str]:
+        """The trainer's own: the metric that says how good the model is, and which way is better."""
+        return self.site.trainer.metric
+
     def initial(self) -> Any:
         return self.site.initial()
 
     def __call__(self, number: int, arrays: Any) -> dict[str, float] | None:
         return self.site.evaluate_centrally(arrays, number)
+
+    def rest(self) -> None:
+        """Give back a large model's memory until the next evaluation."""
+        self.site.rest()
 
 
 app = make_app()

@@ -54,6 +54,23 @@ def recalibrate(model: nn.Module, inputs: Iterable[Tensor]) -> None:
 
 
 @contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Let no batch move the running statistics; layers in training mode still normalise by the batch's own.
+
+    For forward passes on images that are not data: mixtures, augmented views.
+    """
+    found = [layer for _, layer in layers(model)]
+    momenta = [layer.momentum for layer in found]
+    for layer in found:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(found, momenta, strict=True):
+            layer.momentum = momentum
+
+
+@contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Normalise by each batch's own statistics, leaving the running ones as they are.
 

@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trellis import records, registry, scenario, seeding
+from trellis import memory, records, registry, scenario, seeding
 from trellis.data.base import DataSet, Federation, Split
 from trellis.errors import DataError, PluginError, TrellisError
 from trellis.scenario import Component, Scenario
 from trellis_clients import batchnorm
 from trellis_clients.trainer import Metrics, State, Task, Trainer, Turn, in_order
 
-BATCH_NORM = "trellis.batch-norm"
-"""Key of a client's state that holds its own batch-norm layers."""
+KEPT = "trellis.kept"
+"""Key of a client's state that holds its own part of the model, e.g. batch-norm layers (``Trainer.kept``)."""
+FROZEN = "trellis.frozen"
+"""Key of a client's state that holds the shared arrays it is no longer sent."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Site:
         self.trainer = self._trainer()
         with seeding.scoped(self.seed, "build"):
             self.model = self._built().to(self.device)
-        self.names = list(self._shared(self.model))
+        shared = self._shared(self.model)
+        self.names = list(shared)
+        self.large = sum(tensor.nbytes for tensor in shared.values()) >= memory.LARGE
+        self._resting: list[tuple[torch.UntypedStorage, int]] = []
         self.client_mods = client_mods(self.scenario)
         self.pristine = self._snapshot()
 
@@ -86,6 +91,7 @@ class Site:
             model=lambda: model_cls(model_config).build(data.example_shape, data.num_classes, data.facts),
             seed=self.seed,
             device=self.device,
+            splits=data.splits,
         )
         trainer = cls(config, task)
         if not isinstance(trainer, Trainer):
@@ -143,30 +149,61 @@ class Site:
 
     def _tensors(self, record: ArrayRecord) -> dict[str, Tensor]:
         """Return received values as tensors; on the CPU they share their memory, which nobody may write to."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return {name: torch.from_numpy(records.view(array)).to(self.device) for name, array in record.items()}
+        if self.device.type == "cpu":
+            return {name: _seen(array) for name, array in record.items()}
+        return {name: _tensor(records.view(array)).to(self.device) for name, array in record.items()}
 
     def load(self, arrays: Mapping[str, Tensor], state: State) -> None:
         """Put the model into the state of one client at the start of its turn."""
+        if self.large:
+            self._wake()
+            memory.trim()  # what the turn before has freed
         if self.pristine:
             with torch.no_grad():
                 live = self.model.state_dict()
-                for name, values in {**self.pristine, **state.get(BATCH_NORM, {})}.items():
+                for name, values in {**self.pristine, **state.get(KEPT, {})}.items():
                     live[name].copy_(values)
-        self.trainer.load_shared(self.model, arrays)
+        self.trainer.load_shared(self.model, {**state.get(FROZEN, {}), **arrays})
+
+    def rest(self) -> None:
+        """Give back the memory of a large model until ``load`` fills it again: of what is sent, and sent anew.
+
+        For a process that only evaluates now and then, while others train.
+        """
+        if not self.large or self._resting or self.device.type != "cpu":
+            return
+        held: dict[int, tuple[torch.UntypedStorage, dict[int, int]]] = {}
+        for tensor in self._shared(self.model).values():
+            storage = tensor.untyped_storage()
+            held.setdefault(storage.data_ptr(), (storage, {}))[1][int(tensor.storage_offset())] = tensor.nbytes
+        for storage, parts in held.values():
+            if sum(parts.values()) == storage.nbytes():  # else something beside is in it that nobody sends
+                self._resting.append((storage, storage.nbytes()))
+                storage.resize_(0)
+
+    def _wake(self) -> None:
+        for storage, size in self._resting:
+            storage.resize_(size)
+        self._resting = []
 
     def train(self, turn: Turn, state: State) -> RecordDict:
         """Train one client; return the reply's records and leave what the client keeps in ``state``."""
-        data = self.federation.client(turn.client)
+        data, partial = self.federation.client(turn.client), bool(turn.config.get(records.PARTIAL))
+        held = {**state.get(FROZEN, {}), **turn.received[records.ARRAYS]}
+        if partial and (missing := sorted(set(self.names) - held.keys())):
+            raise DataError("partial-missing", f"the client was not sent {missing[0]!r} and does not keep it")
         self.load(turn.received[records.ARRAYS], state)
         metrics = self.trainer.fit(self.model, data, state, turn)
-        if self.scenario.trainer.params.get("batch_norm") == "local":
+        if kept := self.trainer.kept(self.model):
             live = self.model.state_dict()
-            state[BATCH_NORM] = {name: live[name].clone() for name in batchnorm.private_names(self.model, "local")}
+            state[KEPT] = {name: live[name].clone() for name in sorted(kept)}
         self.model.zero_grad(set_to_none=True)  # a model's worth of memory, and of no use to the next client
-        arrays = {records.ARRAYS: self._shared(self.model), **turn.reply}
-        return _reply(metrics, self._count(data.train), arrays)
+        shared = self._shared(self.model)
+        if partial:
+            prefixes = tuple(self.trainer.frozen(turn.round))
+            state[FROZEN] = {name: values.clone() for name, values in shared.items() if name.startswith(prefixes)}
+            shared = {name: values for name, values in shared.items() if name not in state[FROZEN]}
+        return _reply(metrics, self._count(data.train), {records.ARRAYS: shared, **turn.reply})
 
     def evaluate(self, turn: Turn, state: State) -> RecordDict:
         """Evaluate the received model on one client's own test split."""
@@ -177,6 +214,7 @@ class Site:
         if self.scenario.trainer.params.get("batch_norm") == "recalibrate":
             size = self.scenario.evaluation.batch_size
             batchnorm.recalibrate(self.model, (batch.x for batch in in_order(data.train, size)))
+        turn.data = data
         metrics = self.trainer.evaluate(self.model, data.test, turn, self.scenario.evaluation.batch_size)
         return _reply(metrics, self._count(data.test), {})
 
@@ -230,7 +268,7 @@ class Site:
         wall, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            trainer.loss(model, batch, turn).backward()  # type: ignore[no-untyped-call]
+            trainer.backward(model, batch, turn)
             optimizer.step()
         self.synchronise()
         seconds = {"bare_s": time.perf_counter() - wall, "bare_cpu_s": time.process_time() - cpu}
@@ -263,9 +301,22 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _seen(array: Array) -> Tensor:
+    """Return an array as a tensor; a live one shares its memory, and all clients of a round share the tensor."""
+    return array.seen_as(_tensor) if type(array) is records.LiveArray else _tensor(records.view(array))
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)
+
+
 def _numpy(tensor: Tensor) -> NDArray[Any]:
     """Copy a live tensor out of the model."""
-    return tensor.detach().cpu().numpy().copy()
+    tensor = tensor.detach()
+    values: NDArray[Any] = (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy().copy()
+    return values
 
 
 def _reply(metrics: Metrics, num_examples: int, arrays: Mapping[str, Mapping[str, Tensor]]) -> RecordDict:

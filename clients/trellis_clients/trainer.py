@@ -5,9 +5,10 @@ the ordinary thing. The hooks, in the order in which a round calls them::
 
     build()                                the model (or models, as one module)
     load_shared(model, arrays)             take in what the cloud sent
-    fit(model, data, state, turn)          the local training loop, in terms of the three below
+    fit(model, data, state, turn)          the local training loop, in terms of those below
         optimizer(model, turn)
         batches(split, turn)               mini-batches, in a seeded order
+        backward(model, batch, turn)       one step's gradients, by default those of
         loss(model, batch, turn)           one supervised step's objective
         adjust_gradients(model, state, turn)
     shared(model)                          what crosses the wire, by name
@@ -69,6 +70,7 @@ class Task:
         model: builds the scenario's model with fresh weights from the surrounding random state.
         seed: the run's seed, for things that all clients must build alike.
         device: where model and data live.
+        splits: the data set's further streams by name, the same for everybody, e.g. something to pretrain on.
     """
 
     kind: str
@@ -78,6 +80,7 @@ class Task:
     model: Callable[[], nn.Module]
     seed: int
     device: torch.device
+    splits: Mapping[str, Split] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -97,6 +100,8 @@ class Turn:
         config: what the strategy sent beside arrays (e.g. ``proximal-mu``).
         received: every ArrayRecord of the message as tensors, e.g. ``received["arrays"]``. Read-only.
         reply: ArrayRecords to send beside ``arrays``; a trainer fills it in ``fit``.
+        data: the client's own data, where it evaluates: an example's answer may need others of them, as a node's
+            needs its neighbours. None in the cloud.
     """
 
     round: int
@@ -107,6 +112,7 @@ class Turn:
     config: Mapping[str, Any] = field(default_factory=dict)
     received: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     reply: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    data: ClientData | None = None
 
     @property
     def progress(self) -> float:
@@ -140,19 +146,35 @@ class Trainer:
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what crosses the wire: names and live tensors of the model, not copies.
 
-        By default all floating-point parameters and buffers, less what ``batch_norm`` keeps on the client.
-        Integer buffers (batch norm's counters) have no average.
+        By default all floating-point parameters and buffers, less what ``batch_norm`` or ``kept`` keep on the
+        client. Integer buffers (batch norm's counters) have no average.
         """
-        private = batchnorm.private_names(model, self.config.batch_norm)
+        private = batchnorm.private_names(model, self.config.batch_norm) | self.kept(model)
         state = model.state_dict()
         return {name: v for name, v in state.items() if name not in private and v.is_floating_point()}
+
+    def kept(self, model: nn.Module) -> set[str]:
+        """Return names in the state dict that stay on each client, from turn to turn and where it evaluates.
+
+        By default the batch-norm layers, where ``batch_norm`` is ``local``. A method with a head or a trunk of each
+        client's own names it here. The cloud has none of them, so a central evaluation means little then.
+        """
+        local = getattr(self.config, "batch_norm", "average") == "local"
+        return batchnorm.private_names(model, "local") if local else set()
 
     def load_shared(self, model: nn.Module, arrays: Mapping[str, Tensor]) -> None:
         """Copy what the cloud sent into the model, in place."""
         own = self.shared(model)
-        with torch.no_grad():
-            for name, values in arrays.items():
-                own[name].copy_(values)
+        if arrays:
+            with torch.no_grad():
+                torch._foreach_copy_([own[name] for name in arrays], list(arrays.values()))
+
+    def frozen(self, number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the beginnings of names of shared arrays that a round no longer changes; by default none.
+
+        The strategy ``partial`` sends these once and then no more; other strategies keep sending them.
+        """
+        return ()
 
     # -- training -------------------------------------------------------------------------------------
 
@@ -167,15 +189,25 @@ class Trainer:
         size, count = self.config.batch_size, len(split)
         for _ in range(self.config.local_epochs):
             order = torch.randperm(count, generator=turn.generator).to(split.rows.device)
+            rows = split.rows[order]
             for start in range(0, count, size):
                 index = order[start : start + size]
                 if len(index) < size and self.config.drop_last and start:
                     break
-                yield split.batch(index)
+                yield split.gather(rows[start : start + size], index)
 
     def loss(self, model: nn.Module, batch: Batch, turn: Turn) -> Tensor:  # noqa: ARG002
         """Return the scalar objective of one step: mean cross-entropy."""
         return F.cross_entropy(model(batch.x), batch.y)
+
+    def backward(self, model: nn.Module, batch: Batch, turn: Turn) -> Tensor:
+        """Add one step's gradients to the model's and return its objective, detached.
+
+        A method that sends an objective back in several parts, to hold only one part's graph at a time, overrides this.
+        """
+        loss = self.loss(model, batch, turn)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def adjust_gradients(self, model: nn.Module, state: State, turn: Turn) -> None:  # noqa: ARG002
         """Change gradients between backward and step; by default clip them if the config says so."""
@@ -189,11 +221,10 @@ class Trainer:
         model.train()
         for batch in self.batches(data.train, turn):
             optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(model, batch, turn)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self.backward(model, batch, turn)
             self.adjust_gradients(model, state, turn)
             optimizer.step()
-            total += loss.detach() * len(batch)  # no .item() here: it would wait for the device every step
+            total += loss * len(batch)  # no .item() here: it would wait for the device every step
             seen += len(batch)
         return {"loss": float(total) / max(seen, 1)}
 

@@ -74,6 +74,7 @@ def run_cell(
         "variant": folder.variant,
         "seed": folder.seed,
         "rounds": lines[-1]["round"],
+        "metric": getattr(evaluate, "metric", None),  # what is compared, and which way is better
         "final": {key: lines[-1][key] for key in ("central", "federated")},
         "sha256": records.digest(arrays),
         "overhead": summarise([line["probe"] for line in lines if line["probe"]]),
@@ -91,5 +92,5 @@ def _weights(arrays: ArrayRecord) -> bytes:
     import numpy as np
     from safetensors.numpy import save
 
-    blob: bytes = save({name: np.ascontiguousarray(records.view(array)) for name, array in arrays.items()})
+    blob: bytes = save({name: np.asarray(records.view(array), order="C") for name, array in arrays.items()})
     return blob

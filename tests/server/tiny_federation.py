@@ -40,7 +40,7 @@ def facts(name: str) -> Mapping[str, Any]:
     return registry.info_of(registry.load("strategies", name)).facts
 
 
-STRATEGIES = sorted(name for name in registry.plugins("strategies") if facts(name)["merges"] in PLAYED)
+STRATEGIES = sorted(name for name in registry.plugins("strategies") if facts(name).get("merges") in PLAYED)
 
 
 def scenario_for(name: str, *, cohort: int | None = None, evaluators: int | None = None, **params: Any) -> Scenario:

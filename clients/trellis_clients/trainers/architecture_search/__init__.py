@@ -1,0 +1,1 @@
+"""Looking for a network while training it."""

@@ -1,0 +1,1 @@
+"""Learning classes that arrive one after another, without forgetting the earlier ones."""

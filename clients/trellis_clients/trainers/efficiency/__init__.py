@@ -1,0 +1,1 @@
+"""Training for less: memory, time and energy."""

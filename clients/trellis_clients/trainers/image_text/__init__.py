@@ -1,0 +1,1 @@
+"""Images and their captions: encoders that are learnt from pairs."""
