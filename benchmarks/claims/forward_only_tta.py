@@ -19,12 +19,12 @@ from common import Claim, Verdict, paired, spread
 
 from trellis import experiment, flower
 from trellis.data.streams import Stream, StreamConfig
+from trellis.models import pretraining
 from trellis_clients.edge import adapters
 from trellis_clients.edge.adapters import Adapter
 from trellis_clients.edge.adapters.foa import Foa
 from trellis_clients.site import Cell, Site
 from trellis_clients.trainers.cloud_edge._forward_only import StreamPredictor
-from trellis_server import pretraining
 
 IMAGES = 1000
 CORRUPTIONS = ("brightness", "contrast", "gaussian_noise")

@@ -117,8 +117,8 @@ def _run_cell(
     hooks: Hooks,
 ) -> dict[str, Any]:
     grid, sites = grid_for(each, num_clients, folder)
-    evaluator = client.Evaluator(sites, folder.name)
     with torch_threads(each.runtime.threads):
+        evaluator = client.Evaluator(sites, folder.name)
         summary: dict[str, Any] = server.run_cell(
             each,
             folder,

@@ -20,9 +20,9 @@ from trellis import flower, records, scenario
 from trellis.data.base import Split
 from trellis.errors import DataError
 from trellis.grids.local import LocalGrid
-from trellis.models import adaptation
+from trellis.models import adaptation, pretraining
 from trellis_clients.contract import site_of
-from trellis_server import pretraining, strategy_state
+from trellis_server import strategy_state
 from trellis_server.cloud_adaptation import CloudAdaptation, Settings
 from trellis_server.distillation import Renormalised, Weights, confidence, distillation_loss, entropy_loss
 from trellis_server.strategies import build_strategy

@@ -1,0 +1,1 @@
+"""Adapting by gradients to an unlabeled stream at test time."""

@@ -1,0 +1,1 @@
+"""Changing what a batch looks like before the model sees it."""

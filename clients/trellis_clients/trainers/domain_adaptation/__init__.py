@@ -1,0 +1,1 @@
+"""Carrying a model over to unlabeled data of another domain."""

@@ -1,0 +1,1 @@
+"""Fitting a frozen, pretrained model to new data by few parameters."""
