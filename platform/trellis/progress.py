@@ -62,6 +62,7 @@ class Live(Quiet):
             console=console,
         )
         self.task: TaskID | None = None
+        self.metric = "accuracy"
         self.last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -80,15 +81,16 @@ class Live(Quiet):
 
     def _cell(self, folder: CellFolder, each: Scenario) -> None:
         self.total = each.rounds.count
+        self.metric = _metric(each)
         if self.console.is_terminal:
             self.task = self.bars.add_task(folder.name, total=self.total, figures="starting workers")
 
     def _round(self, folder: CellFolder, line: dict[str, Any]) -> None:
         if self.task is not None:
-            self.bars.update(self.task, completed=line["round"], figures=figures(line))
+            self.bars.update(self.task, completed=line["round"], figures=figures(line, self.metric))
         elif line["round"] in (0, self.total) or time.monotonic() - self.last_line > 1.0:
             self.last_line = time.monotonic()
-            self.console.print(f"{folder.name}  round {line['round']}/{self.total}  {figures(line)}")
+            self.console.print(f"{folder.name}  round {line['round']}/{self.total}  {figures(line, self.metric)}")
 
     def _note(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -97,18 +99,19 @@ class Live(Quiet):
         """Print the final figures, one row a variant, mean and standard deviation over seeds."""
         from statistics import mean, stdev
 
-        table = Table(
-            "variant", "seeds", "accuracy", "clients' accuracy", "seconds", "overhead R", box=None, pad_edge=False
-        )
         variants: dict[str, list[dict[str, Any]]] = {}
         for each in outcome.summaries:
             variants.setdefault(each["variant"], []).append(each)
+        columns = _columns(outcome.summaries)
+        heads = [f"clients' {name}" if where == "federated" else name for where, name in columns]
+        table = Table("variant", "seeds", *heads, "seconds", "overhead R", box=None, pad_edge=False)
         for name, cells in variants.items():
             row = [name, str(len(cells))]
-            for where in ("central", "federated"):
-                values = [c["final"][where]["accuracy"] for c in cells if "accuracy" in (c["final"][where] or {})]
-                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-                row.append(f"{mean(values):.3f}{spread}" if values else "-")
+            for where, metric in columns:
+                values = [c["final"][where][metric] for c in cells if metric in (c["final"][where] or {})]
+                digits = 0 if all(float(value).is_integer() and abs(value) > 1 for value in values) else 3
+                spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+                row.append(f"{mean(values):.{digits}f}{spread}" if values else "-")
             row.append(f"{sum(c['seconds'] for c in cells):.1f}")
             ratios = [c["overhead"]["ratio"] for c in cells if c["overhead"]]
             row.append(f"{mean(ratios):.2f}" if ratios else "-")
@@ -118,12 +121,31 @@ class Live(Quiet):
             self.console.print(table)
 
 
-def figures(line: dict[str, Any]) -> str:
-    """Return a round's figures as a person reads them."""
+def _metric(each: Scenario) -> str:
+    """Return the name of the metric that the scenario's trainer wants to be judged by."""
+    from trellis import registry
+
+    trainer = registry.load("trainers", each.trainer.name, base=each.folder)
+    return str(getattr(trainer, "metric", ("accuracy", "max"))[0])
+
+
+def _columns(summaries: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return where something was measured and what: the trainers' own metrics, else the loss."""
+    columns = []
+    for where in ("central", "federated"):
+        found = [(each["final"][where] or {}, (each.get("metric") or ["accuracy"])[0]) for each in summaries]
+        names = dict.fromkeys(name for metrics, name in found if name in metrics)
+        columns += [(where, name) for name in names or (["loss"] if any("loss" in m for m, _ in found) else [])]
+    return columns
+
+
+def figures(line: dict[str, Any], metric: str = "accuracy") -> str:
+    """Return a round's figures as a person reads them, the trainer's own metric first."""
     parts = []
     shown = line.get("central") or line.get("federated") or {}
-    if "accuracy" in shown:
-        parts.append(f"accuracy {shown['accuracy']:.3f}")
+    if metric in shown and metric != "loss":
+        value = shown[metric]
+        parts.append(f"{metric} {value:.0f}" if float(value).is_integer() and value > 1 else f"{metric} {value:.3f}")
     loss = shown.get("loss", (line.get("train") or {}).get("loss"))
     if loss is not None:
         parts.append(f"loss {loss:.3f}")

@@ -79,16 +79,22 @@ _FIELDS: dict[str, dict[str, tuple[int, str, bool]]] = {
 
 def _declare() -> Any:
     """Return a factory of message classes by name."""
-    file = descriptor_pb2.FileDescriptorProto(name="trellis/onnx.proto", package=_PACKAGE, syntax="proto2")
+    # proto3, unlike ONNX's own proto2, takes only text for strings; on the wire the two are the same.
+    file = descriptor_pb2.FileDescriptorProto(name="trellis/onnx.proto", package=_PACKAGE, syntax="proto3")
     for name, fields in _FIELDS.items():
         message = file.message_type.add(name=name)
         for field, (number, kind, repeated) in fields.items():
             declared = message.field.add(name=field, number=number, label=3 if repeated else 1)
             if kind in _KINDS:
                 declared.type = _KINDS[kind]
-                declared.options.packed = repeated and kind not in ("string", "bytes") and field != "dims"
+                if repeated and kind not in ("string", "bytes"):
+                    declared.options.packed = field != "dims"
             else:
                 declared.type, declared.type_name = 11, f".{_PACKAGE}.{kind}"
+    dimension = file.message_type[list(_FIELDS).index("Dimension")]
+    dimension.oneof_decl.add(name="value")
+    for declared in dimension.field:
+        declared.oneof_index = 0
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return lambda name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))

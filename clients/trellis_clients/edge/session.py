@@ -187,7 +187,7 @@ def _session(blob: bytes, threads: int) -> ort.InferenceSession:
     options.log_severity_level = 4  # what goes wrong is raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(blob, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except _ORT_ERRORS as error:
         raise DataError("onnx-load", f"ONNX Runtime does not take the model: {_line(error)}") from None
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from trellis.report import reading
+from trellis.report import reading, units
 from trellis.report.reading import Cell, Row, Run
 
 MAX_POINTS = 400
@@ -83,15 +83,34 @@ def metric_names(cells: Iterable[Cell], source: str) -> list[str]:
 def main_metric(cells: Sequence[Cell]) -> tuple[str, str]:
     """Choose what the page is about: ``(source, metric)``.
 
-    The source is the central evaluation, else the federated one, else training. The metric is accuracy,
-    else the first that is no loss, else the loss. Both are empty where nothing was measured.
+    The source is the central evaluation, else the federated one, else training. The metric is the trainer's own,
+    else accuracy, else the first that is no loss, else the loss. Both are empty where nothing was measured.
     """
+    for name in _declared(cells):
+        for source in ("central", "federated", "train"):
+            if name in metric_names(cells, source):
+                return source, name
     for source in ("central", "federated", "train"):
         names = metric_names(cells, source)
         if names:
             better = [name for name in names if not name.endswith("loss")]
             return source, "accuracy" if "accuracy" in names else (better or names)[0]
     return "", ""
+
+
+def lower_is_better(cells: Iterable[Cell], name: str) -> bool:
+    """Say whether a metric's small values are the good ones: as the trainer says, else by the field's names."""
+    return _declared(cells).get(name, "min" if units.lower_is_better(name) else "max") == "min"
+
+
+def _declared(cells: Iterable[Cell]) -> dict[str, str]:
+    """Return the metrics by which the cells' trainers want to be judged, with ``max`` or ``min``."""
+    found = {}
+    for cell in cells:
+        metric = cell.summary.get("metric")
+        if isinstance(metric, list) and len(metric) == 2 and metric[1] in ("max", "min"):
+            found[str(metric[0])] = str(metric[1])
+    return found
 
 
 def value(row: Row, source: str, name: str) -> float | None:

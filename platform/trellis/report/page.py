@@ -76,7 +76,7 @@ def headline(series: Sequence[Series], source: str, name: str) -> Section:
         if (spread := figures.spread(figures.final(cell, source, name) for cell in each.cells))
     ]
     # A series that diverged is never the best, whichever way is up.
-    sign = -1 if units.lower_is_better(name) else 1
+    sign = -1 if figures.lower_is_better((cell for each in series for cell in each.cells), name) else 1
     order = sorted(found, key=lambda tile: sign * tile[2].mean if isfinite(tile[2].mean) else -inf, reverse=True)
     shown = found if len(found) <= MAX_TILES else order[:1]
     return {
@@ -227,7 +227,8 @@ def clients(series: Sequence[Series], main: str) -> Section | None:
     if not names:
         return None
     name = main if main in names else next((n for n in names if not n.endswith("loss")), names[0])
-    worst_first = -1 if units.lower_is_better(name) else 1
+    low = figures.lower_is_better((cell for each in series for cell in each.cells), name)
+    worst_first = -1 if low else 1
     most = MAX_NAMES if len(series) <= MAX_TILES else 4
     dots, rows = [], []
     for index, each in enumerate(series):
@@ -263,7 +264,6 @@ def clients(series: Sequence[Series], main: str) -> Section | None:
         y_format=(lambda v: units.percent(v, 0)) if units.is_share(name) else (lambda v: units.number(v, 3)),
         share=units.is_share(name),
     )
-    low = units.lower_is_better(name)
     return {
         "name": name,
         "rounds": rounds,

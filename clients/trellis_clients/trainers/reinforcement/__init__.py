@@ -1,0 +1,1 @@
+"""Learning from the transitions of an environment."""

@@ -1,0 +1,1 @@
+"""Numerical experiments: objectives that are formulas, methods compared by what they cost."""
