@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands: ``trellis --help`` must answer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -87,8 +88,11 @@ def execute(current: Any, quiet: bool, as_json: bool, grids: Any = None) -> int:
     try:
         with show:
             outcome = experiment.execute(current, show.hooks(), grids)
-    finally:
-        page = report.build(current.path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+            report.build(current.path)
+        raise
+    page = report.build(current.path)
     if as_json:
         sys.stdout.write(
             json.dumps({"run": str(current.path), "report": str(page), "failed": len(outcome.failed)}) + "\n"
@@ -211,15 +215,20 @@ def list_(group: Annotated[str, typer.Argument(help="trainers, strategies, datas
 
     group = _group(group)
     columns = {"trainers": ("takes", "sends"), "strategies": ("merges",), "datasets": ("kind",)}.get(group, ())
-    table = Table("name", "summary", *columns, "paper", box=None, pad_edge=False)
+    families = ("kind",) if group == "trainers" else ()
+    table = Table("name", *families, "summary", *columns, "paper", box=None, pad_edge=False)
     for name, plugin in registry.plugins(group).items():
         try:
             info = registry.info_of(plugin.load())
         except Exception as error:  # one broken third-party plug-in must not hide the others
-            table.add_row(name, f"[red]does not load: {type(error).__name__}[/red]", *("-" for _ in columns), "")
+            failed = f"[red]does not load: {type(error).__name__}[/red]"
+            table.add_row(name, *(plugin.family for _ in families), failed, *("-" for _ in columns), "")
             continue
         facts = (info.facts.get(column, "-") for column in columns)
-        table.add_row(name, info.summary, *(f if isinstance(f, str) else ", ".join(f) for f in facts), info.paper)
+        family = (plugin.family for _ in families)
+        table.add_row(
+            name, *family, info.summary, *(f if isinstance(f, str) else ", ".join(f) for f in facts), info.paper
+        )
     out.print(table)
 
 
@@ -245,6 +254,13 @@ def info(group: str, name: str) -> None:
             kinds = " | ".join(map(str, facts["enum"]))
         table.add_row(key, kinds, json.dumps(facts.get("default")), facts.get("description", ""))
     out.print(table)
+    if group == "trainers":
+        from trellis import examples
+
+        text, path = examples.of_trainer(name)
+        out.print(f"\nA scenario that runs it{f', {path.name}' if path else ''}:\n", markup=False)
+        out.print(text.rstrip(), markup=False)
+        return
     example = {k: f.get("default") for k, f in properties.items() if f.get("default") is not None}
     out.print(f"\n{COMPONENTS[group]}:\n  name: {about.name}", markup=False)
     for key, value in list(example.items())[:4]:

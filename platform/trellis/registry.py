@@ -64,6 +64,12 @@ class Plugin:
     origin: str
     load: Callable[[], type]
 
+    @property
+    def family(self) -> str:
+        """The folder that a bundled plug-in shares with its like, e.g. ``cloud edge``; empty where there is none."""
+        parts = self.origin.split(".")
+        return parts[2].replace("_", " ") if len(parts) == 4 and not parts[2].startswith("_") else ""
+
 
 def register(group: str, name: str, *, summary: str = "", paper: str = "", **facts: Any) -> Callable[[ClassT], ClassT]:
     """Declare a class as the plug-in ``name`` of ``group``. Checks the shape of the class at once."""

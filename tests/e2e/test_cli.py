@@ -83,6 +83,7 @@ def test_lists_and_info():
     status, text = call("info", "trainer", "fedprox")
     assert "mu" in text
     assert "name: fedprox" in text
+    assert "trainer" in text.partition("A scenario that runs it")[2]
     status, text = call("schema")
     assert json.loads(text)["title"] == "Scenario"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trellis import registry
+from trellis import examples, registry, scenario
 from trellis.errors import PluginError
 
 TRAINER = """\
@@ -97,3 +97,18 @@ def test_private_files_of_a_family_offer_nothing():
     root = Path(__file__).resolve().parents[2] / "clients" / "trellis_clients" / "trainers"
     private = {path.stem for path in root.rglob("_*.py")}
     assert not {name for name in registry.plugins("trainers") if f"_{name}" in private}
+
+
+@pytest.mark.parametrize("name", sorted(registry.plugins("trainers")))
+def test_every_trainer_has_a_scenario_that_can_run(name, tmp_path):
+    text, path = examples.of_trainer(name)
+    if path is None:
+        path = tmp_path / "example.yaml"
+        path.write_text(text)
+    loaded = scenario.load(path)
+    assert name in {each.trainer.name for _, each in scenario.expand(loaded)}
+
+
+def test_a_bundled_trainer_knows_its_family():
+    assert registry.plugins("trainers")["cutmix"].family == "augmentation"
+    assert registry.plugins("strategies")["fedavg"].family == ""

@@ -1,0 +1,46 @@
+"""A runnable scenario for a trainer: one of the project's own where there is one, else the shortest that fits."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from trellis import registry, scenario
+from trellis.errors import TrellisError
+
+
+def of_trainer(name: str) -> tuple[str, Path | None]:
+    """Return the text of a scenario that uses a trainer, and its file if it is one of the project's.
+
+    Raises:
+        PluginError: there is no such trainer.
+    """
+    own = folder() / "trainers" / f"{name}.yaml"
+    for path in [own, *(path for path in files() if path != own)]:
+        if path.is_file() and name in _trainers(path):
+            return path.read_text(), path
+    strategy = next(iter(registry.info_of(registry.load("trainers", name)).facts.get("strategies") or ("fedavg",)))
+    lines = (f"name: {name}", "data: digits", "clients: 4", f"trainer: {{name: {name}}}", f"strategy: {strategy}")
+    return "\n".join([*lines, "rounds: {count: 5}", ""]), None
+
+
+def folder() -> Path:
+    """Return where the scenarios are: inside an installed package, or at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    inside = here / "scenarios"
+    return inside if inside.is_dir() else here.parents[1] / "scenarios"
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Return all scenario files, the shortest first."""
+    return tuple(sorted(folder().glob("**/*.yaml"), key=lambda path: (path.stat().st_size, path.name)))
+
+
+@cache
+def _trainers(path: Path) -> frozenset[str]:
+    """Return the trainers that a file and its variants name."""
+    try:
+        return frozenset(each.trainer.name for _, each in scenario.expand(scenario.read(path)))
+    except TrellisError:
+        return frozenset()
