@@ -68,7 +68,7 @@ class Plugin:
     def family(self) -> str:
         """The folder that a bundled plug-in shares with its like, e.g. ``cloud edge``; empty where there is none."""
         parts = self.origin.split(".")
-        return parts[2].replace("_", " ") if len(parts) == 4 and not parts[2].startswith("_") else ""
+        return parts[2].replace("_", " ") if self.group == "trainers" and len(parts) == 4 else ""
 
 
 def register(group: str, name: str, *, summary: str = "", paper: str = "", **facts: Any) -> Callable[[ClassT], ClassT]:
