@@ -154,6 +154,19 @@ class Connection:
         with self._lock:
             return task in self._cancelled
 
+    def go_on(self, task: str) -> None:
+        """Return if work on a task is still of use.
+
+        Raises:
+            EndedError: nobody waits for it any more, or the node was told to stop.
+            GridError: the connection is lost for good.
+        """
+        self._raise_end()
+        if self._stopped.is_set():
+            raise EndedError("this node stops")
+        if self.cancelled(task):
+            raise EndedError("")
+
     def payload(self, payload: pb.Payload, task: str) -> Any:
         """Return a payload's decoded bytes as a buffer, from the task, the cache or the server.
 
@@ -351,11 +364,7 @@ class Connection:
         """Repeat a call until it is answered. A session that is gone is waited for: the other thread joins again."""
         pauses = 0
         while True:
-            self._raise_end()
-            if self._stopped.is_set():
-                raise EndedError("this node stops")
-            if self.cancelled(task):
-                raise EndedError("")
+            self.go_on(task)
             try:
                 return call()
             except grpc.RpcError as error:

@@ -48,7 +48,7 @@ class Serving:
         threads: of ONNX Runtime.
         batch: largest batch of a request.
         queue: batches that may wait.
-        upload_items, upload_bytes: bounds of what waits for the cloud.
+        upload_bytes: most that waits for the cloud.
     """
 
     address: str = "127.0.0.1:8001"
@@ -57,7 +57,6 @@ class Serving:
     threads: int = 1
     batch: int = 64
     queue: int = 16
-    upload_items: int = 4096
     upload_bytes: int = 64_000_000
 
 
@@ -101,7 +100,9 @@ class Device:
         settings = Settings(
             adapter=adapter, options=options, selection=duty.selection, queue=serving.queue, batch=serving.batch
         )
-        self.uploads = UploadBuffer(serving.upload_items, serving.upload_bytes, folder=folder / "uploads")
+        # Room for one report under way and the next: on a busy device what goes up is what it saw last.
+        items = 2 * duty.batches * duty.batch_size
+        self.uploads = UploadBuffer(items, serving.upload_bytes, folder=folder / "uploads")
         metrics = Metrics()
         self.tasks = Counter(
             "trellis_edge_tasks", "Tasks of the link, by how they ended", ["verdict"], registry=metrics.registry
@@ -110,7 +111,7 @@ class Device:
         keeper = Housekeeper(self.runtime, None, None, lambda path: self._load(path, serving), every=0.0, save=SAVE_S)
         self.server = EdgeServer(self.runtime, Address(serving.address, serving.metrics), keeper)
         known = store.state()
-        self.known = Account() if known is None else _account(known)
+        self.known = Account() if known is None else account_of(known)
         self.uploads.sent(self.known.numbers)  # in case it was killed between the cloud's word and this one
 
     @staticmethod
@@ -182,7 +183,7 @@ class Device:
         runtime.save()
         seen, images = now.seen - base.seen, self._images(chosen)
         metrics: dict[str, Any] = {
-            "num-examples": seen,
+            "num-examples": min(seen, self.duty.most_examples),  # a weight, which nothing here is weighted by
             "seen": seen,
             "entropy": (now.total - base.total) / seen,
             "uploaded": len(images),
@@ -222,6 +223,7 @@ def packed(account: Account) -> bytes:
     return json.dumps(asdict(account)).encode()
 
 
-def _account(kept: bytes) -> Account:
+def account_of(kept: bytes) -> Account:
+    """Return what ``packed`` wrote."""
     values = json.loads(kept)
     return Account(int(values["seen"]), float(values["total"]), [int(number) for number in values["numbers"]])

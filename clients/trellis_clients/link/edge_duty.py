@@ -1,4 +1,4 @@
-"""What a scenario asks of a device, in the terms of the edge runtime. The trainer's own options decide, as in simulation."""
+"""What a scenario asks of a device, in terms of the edge runtime. The trainer's options decide, as in simulation."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ class Duty:
         trainer: name of the trainer.
         options: its parameters, defaults included.
         batch_size: examples that the scenario calls a batch.
+        batches: K, of a report.
+        most_examples: what the gate lets a reply claim at most.
     """
 
     cell: str
     trainer: str
     options: Mapping[str, Any]
     batch_size: int
+    batches: int = 1
+    most_examples: int = 1_000_000
 
     @property
     def selection(self) -> Selection:
@@ -77,9 +81,10 @@ def read(setup: Any) -> Duty:
     try:
         said = json.loads(bytes(setup))
         trainer = dict(said["scenario"]["trainer"])
-        duty = Duty(
-            str(said["cell"]), str(trainer.pop("name")), trainer, int(trainer.get("stream", {}).get("batch_size", 32))
-        )
+        batch_size = int(trainer.get("stream", {}).get("batch_size", 32))
+        batches = int(said["scenario"].get("strategy", {}).get("batches", 1))
+        most = int(said["scenario"].get("screening", {}).get("max_examples", Duty.most_examples))
+        duty = Duty(str(said["cell"]), str(trainer.pop("name")), trainer, batch_size, batches, most)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError("link-setup", "the server's description of the cell cannot be read") from None
     if duty.trainer not in (CEMA, *ADAPTERS):
@@ -93,6 +98,6 @@ def read(setup: Any) -> Duty:
             "trainer.statistics is 'cloud': an exported model takes scale and shift, no statistics; a deployed device"
             " knows 'edge' and 'source'",
         )
-    if duty.batch_size < 1:
-        raise DataError("link-setup", f"trainer.stream.batch_size is {duty.batch_size}")
+    if duty.batch_size < 1 or duty.batches < 1:
+        raise DataError("link-setup", f"{duty.batches} batches of {duty.batch_size} examples make no report")
     return duty

@@ -23,12 +23,12 @@ from types import FrameType
 from typing import Any
 
 from trellis.deploy.joining import NodeConfig, Where
-from trellis.errors import DataError, GridError, TrellisError
+from trellis.errors import DataError, GridError, RunError, TrellisError
 from trellis.wire import content as wire
 from trellis.wire.generated import link_pb2 as pb
 from trellis_clients.link import edge_duty
 from trellis_clients.link.connection import Connection, EndedError, Identity
-from trellis_clients.link.edge_device import Account, Device, Serving, _account, packed
+from trellis_clients.link.edge_device import Account, Device, Serving, account_of, packed
 from trellis_clients.link.store import Store, instance_of, write
 
 log = logging.getLogger("trellis.node")
@@ -70,6 +70,7 @@ class EdgeNode:
         self.folder, self.serving, self.model = folder, serving, model
         self.encoding, self.announced = encoding, announced
         self.device: Device | None = None
+        self._settled: Device | None = None
         self._key = ""
         self._stop = threading.Event()
 
@@ -125,6 +126,11 @@ class EdgeNode:
         except TrellisError as error:
             log.error("task failed", extra={"task": task.id, "reason": str(error)})
             verdict = self.connection.submit(task.id, None, (FAILED_CLIENT, str(error)))
+            if isinstance(error, GridError) and self.device is None:
+                raise  # it cannot serve where it was told to
+        except Exception as error:  # a fault in a task must not end a device that others ask
+            log.exception("task failed", extra={"task": task.id})
+            verdict = self.connection.submit(task.id, None, (FAILED_CLIENT, f"{type(error).__name__}: {error}"))
         said = pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
         if self.device is not None:
             self.device.tasks.labels(said).inc()
@@ -135,32 +141,55 @@ class EdgeNode:
         if task.kind != STREAM:
             raise DataError("edge-task", f"a device answers {STREAM!r}; it cannot do {task.kind!r:.80}")
         device = self._device(task)
+        self._settle(device, task.id)
         store, answer = device.store, device.store.answer(task.id)
         if answer is None:
             content, account = self._streamed(task, device)
-            answer = wire.pack(content)
-            store.put(task.id, answer, packed(account))
+            try:
+                answer = wire.pack(content)
+                store.put(task.id, answer, packed(account))
+            except Exception as error:
+                device.kept_back(account)
+                if isinstance(error, OSError):
+                    raise RunError("node-store", f"{store.folder} cannot be written to: {error.strerror}") from None
+                raise
         else:
-            account = _account((store.folder / f"{task.id}.state").read_bytes())
+            account = account_of(store.state_after(task.id))
             log.info("task known", extra={"task": task.id})
         try:
-            verdict = self.connection.submit(task.id, answer, encoding=self.encoding)
+            return self._hand_in(task.id, answer, account, device)
         except EndedError:
             if self.connection.cancelled(task.id):
-                self._back(device, task.id, account)
+                store.dropped(task.id)
+                device.kept_back(account)
             raise
-        if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
-            new = store.state() is None or account.seen >= device.known.seen
-            store.accepted(task.id)
-            if new:
-                device.delivered(account)
-        else:
-            self._back(device, task.id, account)
+
+    def _hand_in(self, task: str, answer: bytes, account: Account, device: Device) -> int:
+        """Submit an answer, and note down what became of it."""
+        verdict, store = self.connection.submit(task, answer, encoding=self.encoding), device.store
+        wanted, before = verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE), store.counts(task)
+        try:
+            if wanted:
+                store.accepted(task)
+            else:
+                store.dropped(task)
+        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
+            log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
+        if not wanted:
+            device.kept_back(account)
+        elif not before:  # else the server lost it and was given it again
+            device.delivered(account)
         return verdict
 
-    def _back(self, device: Device, task: str, account: Account) -> None:
-        device.store.dropped(task)
-        device.kept_back(account)
+    def _settle(self, device: Device, current: str) -> None:
+        """Ask what became of answers that the process before was killed over: nothing shall be reported twice."""
+        if self._settled is device:
+            return
+        for task in device.store.unsettled():
+            answer = device.store.answer(task)
+            if task != current and answer is not None:
+                self._hand_in(task, answer, account_of(device.store.state_after(task)), device)
+        self._settled = device
 
     def _streamed(self, task: pb.Task, device: Device) -> tuple[wire.Content, Account]:
         """Take in the parameters, wait until enough was answered or the time is nearly over, and report."""
@@ -169,7 +198,9 @@ class EdgeNode:
         config, arrays = self._record(task, "config"), self._record(task, "arrays")
         batches = config.values.get("batches") if config is not None else None
         if arrays is None or not isinstance(batches, int) or batches < 1:
-            raise DataError("edge-task", f"{STREAM!r} comes with the records 'arrays' and 'config', and 'batches' in it")
+            raise DataError(
+                "edge-task", f"{STREAM!r} comes with the records 'arrays' and 'config', and 'batches' in it"
+            )
         device.take_in(arrays.values)
         wanted = batches * device.duty.batch_size
         while device.answered < wanted and time.monotonic() < end:

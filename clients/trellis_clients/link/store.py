@@ -11,6 +11,7 @@ replaced in one step: killed at any moment, a node knows on its return what it h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -62,16 +63,38 @@ class Store:
         task = self._index["state"]
         return (self.folder / f"{task}.state").read_bytes() if task else None
 
+    def state_after(self, task: str) -> bytes:
+        """Return the private state that counts if a known answer is accepted."""
+        return (self.folder / f"{task}.state").read_bytes()
+
+    def counts(self, task: str) -> bool:
+        """Return whether an answer was accepted before."""
+        return task in self._index.get("counted", [])
+
     def answer(self, task: str) -> bytes | None:
         """Return an answer that was given before, whether or not the server had it."""
         return (self.folder / f"{task}.answer").read_bytes() if task in self._index["answers"] else None
 
+    def unsettled(self) -> list[str]:
+        """Return the tasks whose answers the server may have, or not: this node was killed before it could note it."""
+        return [task for task in self._index["answers"] if not self.counts(task)]
+
     def put(self, task: str, answer: bytes, state: bytes) -> None:
-        """Write an answer down, with the state that will count if it is accepted."""
-        write(self.folder / f"{task}.state", state)
-        write(self.folder / f"{task}.answer", answer)
-        self._index["answers"].append(task)
-        self._save()
+        """Write an answer down, with the state that will count if it is accepted.
+
+        Raises:
+            OSError: it cannot be written, for example on a full disk; the store is what it was.
+        """
+        try:
+            write(self.folder / f"{task}.state", state)
+            write(self.folder / f"{task}.answer", answer)
+            self._index["answers"].append(task)
+            self._save()
+        except OSError:
+            if task in self._index["answers"]:
+                self._index["answers"].remove(task)
+            self._remove(task)
+            raise
 
     def accepted(self, task: str) -> None:
         """Make the state after this task the one that counts. Of a task accepted before, it changes nothing."""
@@ -79,8 +102,10 @@ class Store:
             return
         self._index["state"] = task
         self._index.setdefault("counted", []).append(task)
-        self._prune()
+        old = self._prune()
         self._save()
+        for each in old:  # after the index, which must not name what is gone
+            self._remove(each)
 
     def dropped(self, task: str) -> None:
         """Forget an answer that came too late. One that counted before stays."""
@@ -89,13 +114,14 @@ class Store:
             self._save()
             self._remove(task)
 
-    def _prune(self) -> None:
-        answers = self._index["answers"]
+    def _prune(self) -> list[str]:
+        answers, old = self._index["answers"], []
         while len(answers) > self.keep:
             oldest = next(task for task in answers if task != self._index["state"])
             answers.remove(oldest)
-            self._remove(oldest)
+            old.append(oldest)
         self._index["counted"] = [task for task in self._index["counted"] if task in answers]
+        return old
 
     def _remove(self, task: str) -> None:
         for suffix in ("answer", "state"):
@@ -108,11 +134,16 @@ class Store:
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, and have it on the disk before going on."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _safe(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from trellis import flower, scenario
-from trellis.errors import DataError, TrellisError
+from trellis.errors import DataError, RunError, TrellisError
 from trellis.grids.grpc import from_wire, to_wire
 from trellis.grids.local import client_context, run_client
 from trellis.scenario import Scenario
@@ -109,19 +109,29 @@ class TrainingNode:
                 failed = reply.error.code, reply.error.reason or "no reason"
                 return self.connection.submit(task.id, None, failed)
             answer = wire.pack(shorten(to_wire(reply.content), received, task.shortening))
-            store.put(task.id, answer, wire.pack(to_wire(state)))
+            try:
+                store.put(task.id, answer, wire.pack(to_wire(state)))
+            except OSError as error:  # an answer that could be lost with its state must not count
+                raise RunError("node-store", f"{store.folder} cannot be written to: {error.strerror}") from None
         else:
             log.info("task known", extra={"task": task.id})
         try:
-            verdict = self.connection.submit(task.id, answer, encoding=self.encoding)
+            return self._hand_in(task.id, answer, store)
         except EndedError:
             if self.connection.cancelled(task.id):
                 store.dropped(task.id)
             raise
-        if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
-            store.accepted(task.id)
-        else:
-            store.dropped(task.id)
+
+    def _hand_in(self, task: str, answer: bytes, store: Store) -> int:
+        """Submit an answer, and note down what became of it."""
+        verdict = self.connection.submit(task, answer, encoding=self.encoding)
+        try:
+            if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
+                store.accepted(task)
+            else:
+                store.dropped(task)
+        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
+            log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
         return verdict
 
     def _run(
@@ -147,6 +157,10 @@ class TrainingNode:
             setup = _read(self.connection.payload(task.setup, task.id))
             each = self.changed(scenario.validated(Scenario, setup["scenario"]))
             store = Store(self.folder, joined.run, setup["cell"], joined.keep_answers)
+            for known in store.unsettled():  # or a state that counts would be forgotten
+                kept = store.answer(known)
+                if known != task.id and kept is not None:
+                    self._hand_in(known, kept, store)
             sites = client_app.Sites({setup["cell"]: Cell(scenario.plain(each), setup["seed"])})
             _set_threads(each.runtime.threads)
             self._live = key, sites, store

@@ -7,11 +7,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from trellis.errors import TrellisError
+from trellis.errors import PluginError, TrellisError
 
 Root = Annotated[Path, typer.Option("--runs", help="folder of all runs", envvar="TRELLIS_RUNS")]
 Set = Annotated[
@@ -109,17 +109,47 @@ def join(
         typer.Option(help="sha256:… of a plug-in file that the scenario may name here; see docs/deploy.md"),
     ] = None,
     code: Annotated[Path | None, typer.Option(help="folder with the plug-in files that are allowed")] = None,
+    edge: Annotated[bool, typer.Option("--edge", help="be a device without torch: serve a model, see docs/edge.md")] = (
+        False
+    ),
+    model: Annotated[
+        Path | None, typer.Option(help="with --edge: the exported source model; else the cloud sends it")
+    ] = None,
+    serve_at: Annotated[
+        str, typer.Option("--serve", help="with --edge: host:port for inference requests")
+    ] = "127.0.0.1:8001",
+    threads: Annotated[int, typer.Option(help="with --edge: of ONNX Runtime")] = 1,
     give_up_after: Annotated[float | None, typer.Option(help="seconds without the server after which it ends")] = None,
     metrics_address: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics")] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, to stderr")] = False,
 ) -> None:
-    """Be a client of a deployed scenario: train on this machine when the server asks."""
-    from trellis import experiment
+    """Be a client of a deployed scenario: train on this machine when the server asks, or serve a model (--edge)."""
     from trellis.deploy import joining, logs
 
     logs.configure(log_json, role="node")
     token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN)
     where = joining.Where(address, ca=ca, certificate=cert, token=token, insecure=insecure)
+    if edge:
+        if allow_code or code:
+            raise TrellisError("usage", "--allow-code and --code are for nodes that train; a device runs no plug-ins")
+        reason = _edge_node().run(
+            where,
+            node=node,
+            config=joining.node_config(node_config),
+            state=state,
+            compression=compression,
+            model=model,
+            serve=serve_at,
+            threads=threads,
+            give_up_after_s=give_up_after,
+            metrics_address=metrics_address,
+        )
+        sys.stdout.write(f"{reason or 'stopped'}\n")
+        return
+    if model is not None:
+        raise TrellisError("usage", "--model is for devices: give --edge too")
+    from trellis import experiment
+
     reason = experiment.app_module("node").run(
         where,
         node=node,
@@ -132,6 +162,18 @@ def join(
         metrics_address=metrics_address,
     )
     sys.stdout.write(f"{reason or 'stopped'}\n")
+
+
+def _edge_node() -> Any:
+    """Return the module of the device's side, without a library that a device does not have."""
+    from importlib.metadata import entry_points
+
+    try:
+        for entry in entry_points(group="trellis.apps", name="edge-node"):
+            return entry.load()
+    except ModuleNotFoundError as error:
+        raise PluginError("app-missing", f"{error.name!r} is not installed: pip install 'trellis[edge]'") from None
+    raise PluginError("app-missing", "no installed package can be a device: pip install 'trellis[edge]'")
 
 
 def certs(

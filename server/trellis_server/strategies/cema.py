@@ -2,11 +2,15 @@
 
 A round is K batches of every sampled edge. Down go the affine parameters of the edge's copy, up come the samples that
 the edge picked. The first message to an edge carries the whole source model beside them.
+
+An edge may be simulated, with labels of its stream for counting right answers, or a device that others ask
+(docs/edge.md): then nobody here knows which answers were right, and figures of accuracy are left out.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,19 +24,25 @@ from flwr.serverapp.strategy import FedAvg
 from pydantic import Field
 from torch import Tensor, nn
 
-from trellis import flower, records, registry, seeding
+from trellis import experiment, flower, records, registry, seeding
+from trellis.errors import DataError
+from trellis.models import pretraining
 from trellis.registry import register
 from trellis.scenario import Component, validated
-from trellis_server import pretraining
 from trellis_server.cloud_adaptation import CloudAdaptation, Settings
 from trellis_server.distillation import Weights
 from trellis_server.strategies._build import BuildContext, Sampling, sampling
 
 MESSAGE = "train.stream"
 SOURCE = "source"
+DEVICE_MODEL = "model"
 UPLOADS = "uploads"
 IMAGES = "images"
 SUMMED = ("seen", "right", "uploaded", "upload-bytes", "forwards", "backwards")
+RIGHT = "right"
+"""Right answers; counted only where the stream has labels, which is in simulation."""
+LABELLED = "labelled"
+EXPORT = "export"
 SHARED = -1
 """Number of the edge copy that all edges share."""
 
@@ -46,6 +56,11 @@ class Config(Sampling):
     )
     source_weights: str | None = Field(None, description="safetensors of the edge model; None: trained on clean data")
     foundation_weights: str | None = Field(None, description="safetensors of the foundation model; likewise")
+    device_model: str | None = Field(
+        None,
+        description="ONNX file of the source model for deployed devices that have none; 'export': made from the source "
+        "model here",
+    )
     epochs: int = Field(30, ge=1, description="of training on clean data")
     lr: float = Field(3e-3, gt=0, description="of Adam on clean data")
     batches: int = Field(1, ge=1, description="K, stream batches per round")
@@ -86,6 +101,7 @@ class Cema(FedAvg):
         self.config, self.seed, self.folder = config, seed, folder
         self.cloud: CloudAdaptation | None = None
         self.source: ArrayRecord | None = None
+        self.device_model: ArrayRecord | None = None
         self.asked: set[int] = set()
         self.deployed: set[int] = set()
         self.refusals: Counter[int] = Counter()
@@ -103,7 +119,7 @@ class Cema(FedAvg):
 
         Raises:
             DataError: a weights file is missing or does not fit; the edge model has no normalisation layers.
-            PluginError: no model has the foundation model's name.
+            PluginError: no model has the foundation model's name; there is nothing here to export a model with.
         """
         c, self.site = self.config, bench.site
         data, device = self.site.federation.data, self.site.device
@@ -112,6 +128,7 @@ class Cema(FedAvg):
         self._start(edge, c.source_weights, "source", self.resumed and self.resumed["source"])
         self.names = list(self.site.trainer.shared(edge))
         self.source = _record(edge.state_dict())
+        self.device_model = self._device_model(edge)
         self.site.trainer.source = {name: values.clone() for name, values in edge.state_dict().items()}
         settings = Settings(
             e_max=c.e_max * math.log(data.num_classes),
@@ -145,6 +162,28 @@ class Cema(FedAvg):
             self.foundation_start = _plain(model.state_dict())
         return model
 
+    def _device_model(self, edge: nn.Module) -> ArrayRecord | None:
+        """Return the source model's ONNX file: the one named, the checkpoint's, or a fresh export."""
+        named, kept = self.config.device_model, (self.resumed or {}).get("device_model")
+        if named is None:
+            return None
+        if named == EXPORT and kept is not None:
+            return records.array_record({"onnx": kept})
+        data = self.site.federation.data
+        with tempfile.TemporaryDirectory(prefix="trellis-export-") as folder:
+            path = self.folder / named
+            if named == EXPORT:
+                path = Path(folder, "model.onnx")
+                examples = data.train.batch(torch.arange(min(len(data.train), 64), device=data.train.rows.device))
+                preprocessing = {key: list(data.facts.get(key, (d,))) for key, d in (("mean", 0.0), ("std", 1.0))}
+                experiment.app_module("export").export_model(
+                    edge, path, classes=data.classes, shape=data.example_shape, calibration=examples.x.cpu().numpy(),
+                    precision="none", preprocessing=preprocessing,
+                )  # fmt: skip
+            if not path.is_file():
+                raise DataError("weights-missing", f"strategy.device_model: nothing is at {path}")
+            return records.array_record({"onnx": np.frombuffer(path.read_bytes(), np.uint8)})
+
     def _start(self, model: nn.Module, weights: str | None, name: str, kept: Mapping[str, Any] | None) -> None:
         """Give a model its clean weights: a file's, the checkpoint's, or by training on all edges' clean examples."""
         c, site = self.config, self.site
@@ -172,6 +211,8 @@ class Cema(FedAvg):
             content = RecordDict({records.ARRAYS: own, records.CONFIG: config})
             if self.source is not None and node not in self.deployed:
                 content[SOURCE] = self.source
+                if self.device_model is not None:
+                    content[DEVICE_MODEL] = self.device_model
             messages.append(Message(content, node, MESSAGE))
         self.asked = {message.metadata.dst_node_id for message in messages}
         return messages
@@ -207,9 +248,13 @@ class Cema(FedAvg):
             return f"upload: {len(images)} images; the stream had {streamed}"
         for name in SUMMED:
             value = metrics.get(name)
+            if name == RIGHT and value is None:
+                continue
             if not isinstance(value, int | float) or value < 0:
                 return f"upload: metric {name!r} is {value!r}, not a count"
-        if metrics["seen"] != streamed or metrics["right"] > metrics["seen"] or metrics["uploaded"] != len(images):
+        # A device answers as many as it is asked, and may upload what it answered before its last report.
+        fits = RIGHT not in metrics or (metrics["seen"] == streamed and metrics[RIGHT] <= metrics["seen"])
+        if not fits or metrics["uploaded"] != len(images):
             return f"upload: counts do not agree with {streamed} streamed and {len(images)} uploaded"
         if images.dtype.kind == "f" and images.size:
             low, high = float(images.min()), float(images.max())
@@ -234,8 +279,9 @@ class Cema(FedAvg):
             images = records.view(records.array_records(reply.content)[UPLOADS][IMAGES])
             number = SHARED if self.config.copies == "shared" else node
             uploads.setdefault(number, []).append(self._inputs(images))
-            for name, value in next(iter(records.metric_records(reply.content).values())).items():
-                assert isinstance(value, int | float)
+            metrics: Mapping[str, Any] = next(iter(records.metric_records(reply.content).values()))
+            counts[LABELLED] += int(metrics["seen"]) if RIGHT in metrics else 0
+            for name, value in metrics.items():
                 if name in SUMMED:
                     counts[name] += int(value)
                 elif name in ("entropy", "e-max"):
@@ -247,12 +293,16 @@ class Cema(FedAvg):
         self.totals.update(counts)
         report = self.cloud.adapt({number: torch.cat(images) for number, images in uploads.items()})
         steps = max(report.steps, 1)
+        accuracies = {
+            "accuracy": self.totals[RIGHT] / max(self.totals[LABELLED], 1),  # online: all answers so far
+            "round-accuracy": counts[RIGHT] / max(counts[LABELLED], 1),
+        }
+        labelled = bool(counts[LABELLED])
         return self._arrays(), MetricRecord(
             {
-                "accuracy": self.totals["right"] / max(self.totals["seen"], 1),  # online: all answers so far
-                "round-accuracy": counts["right"] / max(counts["seen"], 1),
+                **(accuracies if labelled else {}),
                 "upload-share": self.totals["uploaded"] / max(self.totals["seen"], 1),
-                **{name: counts[name] for name in SUMMED},
+                **{name: counts[name] for name in SUMMED if name != RIGHT or labelled},
                 **{name: float(np.mean(values)) for name, values in means.items()},
                 "cloud-steps": report.steps,
                 "cloud-samples": report.samples,
@@ -292,6 +342,7 @@ class Cema(FedAvg):
             "cloud": self.cloud.state(),
             "source": None if self.config.source_weights is not None else _views(self.source),
             "foundation": self.foundation_start,
+            "device_model": None if self.device_model is None else records.view(self.device_model["onnx"]),
             "deployed": sorted(self.deployed),
             "refusals": dict(self.refusals),
             "totals": dict(self.totals),
