@@ -248,4 +248,4 @@ def step_time(name: str, at_most: float, text: str, at_least: float = 0.0, findi
     cheaper = name != "sam" and ratio < ratios[f"{JUDGED}-sam"]
     held: Verdict = "held" if at_least <= ratio <= at_most else "in part" if cheaper else "not held"
     rest = ", ".join(f"{model} {ratios[f'{model}-{name}']:.2f}" for model in ("small-cnn", "mlp"))
-    return Claim(text, "a step of SGD", f"{JUDGED} {ratio:.2f} of CPU time; {rest}", held, finding)
+    return Claim(text, "a step of SGD", f"medians of CPU time: {JUDGED} {ratio:.2f}; {rest}", held, finding)

@@ -420,7 +420,7 @@ def test_what_is_being_answered_when_the_server_ends_is_answered(slow):
     ending.start()
     until(lambda: server.service.stopping)
     with grpc.insecure_channel(server.where) as other:
-        until(lambda: refused(other, request(images(1))).code() is StatusCode.UNAVAILABLE)
+        until(lambda: refused(other, request(images(1))).code() is StatusCode.UNAVAILABLE, seconds=60)
     predictor.go.set()
     assert oip.ModelInferResponse.FromString(going.result(20)).model_name == "tiny"
     ending.join(20)

@@ -131,3 +131,24 @@ def test_a_run_whose_clients_keep_their_norms_has_no_whole_model(tmp_path):
     status, said = call(current.path, "--to", tmp_path / "m.onnx", "--variant", "recalibrated")
     assert (status, said.endswith("[export-local]")) == (2, True), said
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_run_that_holds_only_what_was_adapted_is_refused(tmp_path):
+    text = """\
+name: devices
+data: {name: digits, size: 16}
+clients: 2
+partition: {name: iid, test_fraction: 0.5}
+model: {name: small-cnn, width: 4, norm: batch}
+trainer: {name: tta-source, stream: {corruptions: [contrast], segment: 2, batch_size: 16}}
+strategy: {name: cema, foundation: {name: small-cnn, width: 4, norm: batch}, batches: 1, distil: false}
+rounds: {count: 1}
+evaluation: {central_every: 0, federated_every: 0}
+probe: {every: 0, least: 0}
+runtime: {grid: local}
+"""
+    current, outcome = run(tmp_path, text=text)
+    assert not outcome.failed, outcome.failed
+    status, said = call(current.path, "--to", tmp_path / "m.onnx")
+    assert (status, said.endswith("[export-partial]")) == (2, True), said
+    assert not (tmp_path / "m.onnx").exists()

@@ -32,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("four-conv", {"width": 8}, LARGE),
     ("four-conv", {"width": 8}, (1, 28, 28)),
     ("vit", {"patch": 4, "depth": 2}, SMALL),
+    ("spiking-cnn", {}, SMALL),
 ]
 
 

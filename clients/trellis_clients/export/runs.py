@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from trellis import __version__, records, scenario, seeding
+from trellis import __version__, records, registry, scenario, seeding
 from trellis.data.base import DataSet
 from trellis.errors import DataError, RunError, TrellisError, listed, nearest
 from trellis.runs import Run
@@ -62,6 +62,7 @@ def export_run(
     if set(arrays) != set(site.names):
         name = sorted(set(arrays) ^ set(site.names))[0]
         raise RunError("run-damaged", f"{folder / 'model.safetensors'} does not fit the scenario's model: {name!r}")
+    _check_whole(site)
     site.load({name: torch.from_numpy(values) for name, values in arrays.items()}, {})
     x, test = _examples(site.federation.data, seed, calibration)
     _settle_statistics(site, x)
@@ -142,6 +143,25 @@ def _examples(
     if not len(left):
         left = data.train.batch(torch.from_numpy(np.sort(order[count : count + TEST])))
     return drawn.x.numpy(), (left.x.numpy(), left.y.numpy()) if len(left) else None
+
+
+def _check_whole(site: Site) -> None:
+    """Refuse a run that ends with parts of a model, of which the rest is with the clients or in other hands.
+
+    What a trainer builds alike on every side, from the seed or a file, need not be in the run: a frozen base. But the
+    devices of an adaptation take their source model from a message, and a mission's prototypes are no head.
+    """
+    sends = registry.info_of(type(site.trainer)).facts.get("sends")
+    if sends in ("uploads", "missions"):
+        raise TrellisError(
+            "export-partial",
+            f"trainer {site.scenario.trainer.name!r} sends {sends}: the run ends with what was adapted or learnt on top"
+            " of a model that is not in it. Export the model that it started from",
+        )
+    if kept := sorted(site.trainer.kept(site.model) - batchnorm.private_names(site.model, "local")):
+        raise TrellisError(
+            "export-local", f"the run's clients keep a part of the model ({kept[0]!r}), so it has no whole one"
+        )
 
 
 def _settle_statistics(site: Site, x: NDArray[np.float32]) -> None:
