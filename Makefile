@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench claims schema protos clean
+.PHONY: help install demo test test-slow lint format bench claims mutations schema protos images-check clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ format: install  ## mend what can be mended by itself
 bench: install  ## overhead against a bare loop, Flower's simulation and growing federations
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/flower_simulation.py
+	$(BIN)/python benchmarks/edge_runtime.py
+
+mutations: install  ## switch each protection off in a copy: a test must fail (ten minutes)
+	$(BIN)/python tools/mutations.py
 
 claims: install  ## what the papers claim, measured at small scale: all (hours), or PAPER=cutmix
 	$(BIN)/python benchmarks/claims $(PAPER)
@@ -56,6 +60,9 @@ schema: install  ## write the JSON Schema of scenario files
 
 protos: install  ## write the code of the protocols in protos/
 	$(BIN)/python protos/generate.py
+
+images-check: install  ## build the container images and run fleets from them: needs an engine, see docs/deploy.md
+	$(BIN)/python docker/check.py $(CHECK)
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
