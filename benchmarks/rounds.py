@@ -14,7 +14,7 @@ import psutil
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import HERE, NULL, Row, in_new_process, row, run_rounds
 
-from trellis import experiment, flower, records, scenario
+from trellis import experiment, flower, records, safe_yaml, scenario
 from trellis.grids.base import ClientGrid, StreamGrid
 from trellis.grids.local import LocalGrid
 from trellis.scenario import Scenario
@@ -140,7 +140,7 @@ def growth(quick: bool) -> Iterator[Row]:
 
 
 def _scenario(text: str) -> Scenario:
-    parsed: dict[str, Any] = scenario.parse_yaml(text, "benchmark")
+    parsed: dict[str, Any] = safe_yaml.parse(text, "benchmark")
     return scenario.from_mapping({**parsed, "base": str(HERE)})
 
 
