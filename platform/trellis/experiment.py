@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 from trellis import scenario as scenario_file
 from trellis.data.base import Federation
 from trellis.data.loading import load_federation
-from trellis.errors import PluginError, TrellisError
+from trellis.errors import PluginError, RunError, TrellisError
 from trellis.grids.base import ClientGrid, StreamGrid
 from trellis.runs import CellFolder, Run, write_json
 from trellis.scenario import Runtime, Scenario
@@ -22,6 +23,9 @@ GridFor = Callable[[Scenario, int, CellFolder], tuple[StreamGrid, Any]]
 
 Grids = Callable[[ModuleType, Mapping[str, Any]], AbstractContextManager[GridFor]]
 """Offers grids for the cells of an experiment, given the client side's module and the cells by name."""
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""What the system says where the run's folder cannot be written to."""
 
 
 @dataclass
@@ -78,9 +82,17 @@ def execute(run: Run, hooks: Hooks | None = None, grids: Grids | None = None) ->
                     except TrellisError as error:
                         outcome.failed[folder.name] = error
                         hooks.on_note(f"{folder.name}: {error}")
+                    except OSError as error:
+                        if error.errno not in DISK:
+                            raise
+                        where = folder.path if error.filename is None else error.filename
+                        raise RunError(
+                            "run-disk", f"{where}: {error.strerror}; the run can be resumed once this is mended"
+                        ) from None
         except BaseException as error:
             reason = str(error) if isinstance(error, TrellisError) else f"{type(error).__name__}: {error}"
-            run.status("failed", " ".join(reason.split()))
+            with suppress(OSError):  # a full disk must not hide the error
+                run.status("failed", " ".join(reason.split()))
             raise
         if outcome.failed:
             name, first = next(iter(outcome.failed.items()))

@@ -46,9 +46,10 @@ class Nodes:
     def start(self, port: int, client: int | None, name: str | None = None, **identity: Any) -> TrainingNode:
         name = name or f"node-{client}"
         state = self.folder / name
-        options = {key: identity.pop(key) for key in ("changed", "encoding") if key in identity}
+        options = {key: identity.pop(key) for key in ("changed", "encoding", "counted") if key in identity}
         called = identity.pop("node", name)
-        who = Identity(f"127.0.0.1:{port}", called, instance_of(state), client=client, **identity)
+        address = identity.pop("address", f"127.0.0.1:{port}")
+        who = Identity(address, called, instance_of(state), client=client, **identity)
         node = TrainingNode(who, state, **options)
 
         def run() -> None:
@@ -101,8 +102,9 @@ def carry_on(
     return experiment.execute(run, hooks, serving.grids(chosen, run.path.name, on_listening, counted))
 
 
-def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start ``trellis …`` as a process of its own."""
+def process(*arguments: str, inside: str | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start ``trellis …`` as a process of its own, in a network namespace if one is named."""
+    there = ["ip", "netns", "exec", inside] if inside else []
     return subprocess.Popen(
-        [*TRELLIS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [*there, *TRELLIS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

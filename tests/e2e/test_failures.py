@@ -65,6 +65,7 @@ def bad(folder, how: str, **extra) -> str:
     return DIGITS.replace("{name: sgd, lr: 0.1, batch_size: 32}", config).replace("clients_per_round: 4", "quorum: 0.8")
 
 
+@pytest.mark.battery("F9")
 @pytest.mark.parametrize(("how", "reason"), HOW.items(), ids=HOW)
 def test_a_bad_client_fails_its_own_reply_only(tmp_path, how, reason):
     current, outcome = run(tmp_path, text=bad(tmp_path, how))
@@ -78,6 +79,7 @@ def test_a_bad_client_fails_its_own_reply_only(tmp_path, how, reason):
     assert lines(current)[-1]["central"]["loss"] < lines(current)[0]["central"]["loss"]
 
 
+@pytest.mark.battery("F8")
 def test_a_worker_that_dies_fails_its_client_and_the_run_goes_on(tmp_path, ray_session):
     text = bad(tmp_path, "dies", until=1)
     current, outcome = run(tmp_path, ("runtime.grid=ray", "runtime.workers=2", "rounds.count=2"), text)

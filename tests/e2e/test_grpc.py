@@ -110,6 +110,7 @@ class Mine(Trainer):
 """
 
 
+@pytest.mark.battery("B11")
 @pytest.mark.parametrize("consent", ["none", "of another file", "given"])
 def test_code_from_a_file_runs_only_with_the_operators_consent(tmp_path, consent):
     """The server names a file; the node runs its operator's copy, if its digest is on the operator's list."""
@@ -134,6 +135,7 @@ def test_code_from_a_file_runs_only_with_the_operators_consent(tmp_path, consent
         assert "code-not-allowed" in reason
 
 
+@pytest.mark.battery("F11")
 def test_without_any_node_the_run_stops_with_a_reason(tmp_path):
     settings = Settings(beat_s=0.5, leave_after_s=0.5, give_up_after_s=1.0)
     _, outcome = serve(tmp_path, lambda _: None, settings=settings)
@@ -184,6 +186,7 @@ def test_with_tls_and_tokens_it_is_the_same_run(tmp_path, simulated, closed):
     assert outcome.summaries[0]["sha256"] == simulated
 
 
+@pytest.mark.battery("B6")
 def test_strangers_are_refused_and_the_run_goes_on(tmp_path, simulated, closed):
     settings, tokens, tls = closed
     other = tmp_path / "other"
@@ -217,6 +220,7 @@ def test_strangers_are_refused_and_the_run_goes_on(tmp_path, simulated, closed):
         assert not any(token in str(fleet.ends[name]) for token in tokens)
 
 
+@pytest.mark.battery("B6")
 def test_a_node_that_is_revoked_in_the_middle_of_a_run_is_out(tmp_path, closed):
     settings, tokens, tls = closed
     with nodes(tmp_path) as fleet:

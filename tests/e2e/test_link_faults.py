@@ -36,6 +36,7 @@ def simulated(tmp_path_factory):
 # -- the network ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.battery("F3")
 @pytest.mark.parametrize("fault", ["cut", "silence"])
 def test_a_network_that_goes_away_for_a_while(tmp_path, simulated, fault):
     """Two of four nodes lose the server in the middle of a round: connections break, or nothing passes any more."""
@@ -78,6 +79,7 @@ def test_a_network_that_goes_away_for_a_while(tmp_path, simulated, fault):
     assert len(rows) == len(set(rows))  # every update counted once
 
 
+@pytest.mark.battery("F4")
 def test_a_slow_link_is_late_and_not_wrong(tmp_path, simulated):
     with nodes(tmp_path) as fleet:
         made: list[Proxy] = []
@@ -169,6 +171,7 @@ def fleet(tmp_path):
     made.stop()
 
 
+@pytest.mark.battery("F1", "F2")
 def test_kill_a_node_in_its_task_and_the_server_in_its_round(fleet, simulated):
     """kill -9 of each; both are started again as they were, and the run ends with the bits of an undisturbed one."""
     server = fleet.serve(str(fleet.scenario))
@@ -196,6 +199,7 @@ def test_kill_a_node_in_its_task_and_the_server_in_its_round(fleet, simulated):
     assert {"node joined", "joined", "task done"} <= {event["event"] for event in events}
 
 
+@pytest.mark.battery("F6")
 def test_sigterm_lets_a_task_finish_and_leaves_a_run_that_resumes(fleet, simulated):
     server = fleet.serve(str(fleet.scenario))
     members = [fleet.join(client) for client in FOUR]
@@ -217,10 +221,10 @@ def test_sigterm_lets_a_task_finish_and_leaves_a_run_that_resumes(fleet, simulat
         assert final["sha256"] == simulated[LONG]
 
 
+@pytest.mark.battery("F2")
 def test_nodes_that_never_come_back_cost_their_updates_only(tmp_path):
     """One of four is lost in round 2: that round counts with three, and the rest of the run goes on with them."""
     with nodes(tmp_path) as fleet:
-
         made: list[Proxy] = []
 
         def listening(port):
@@ -250,6 +254,7 @@ def test_nodes_that_never_come_back_cost_their_updates_only(tmp_path):
     assert "its node has been gone for 1 s" in reasons
 
 
+@pytest.mark.battery("F4", "F9")
 @pytest.mark.slow
 def test_a_round_closes_at_its_deadline_and_the_late_answer_counts_for_nothing(tmp_path):
     """Client 0 takes far longer than the deadline. Its private state goes back to what it was before."""
@@ -275,6 +280,7 @@ def test_a_round_closes_at_its_deadline_and_the_late_answer_counts_for_nothing(t
         assert 8 <= lines(run)[1]["phases"]["train"] < 9.5
 
 
+@pytest.mark.battery("F1")
 @pytest.mark.slow
 def test_kill_the_server_at_twenty_instants(fleet, simulated):
     """F1: at random moments, also while it dispatches, receives and writes its checkpoint."""
@@ -294,6 +300,7 @@ def test_kill_the_server_at_twenty_instants(fleet, simulated):
         assert member.wait(30) == 0
 
 
+@pytest.mark.battery("F6")
 @pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(tmp_path):
     made = Fleet(tmp_path, LONG.replace("local_epochs: 12", "local_epochs: 100000"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from trellis import flower, records
+from trellis.grids._grpc_tasks import Answer
 from trellis.grids.grpc import GrpcGrid, Settings
 from trellis.wire import methods
 from trellis.wire.generated import link_pb2 as pb
@@ -66,7 +68,9 @@ def everyone(grid, number, values=None):
     return seconds
 
 
+@pytest.mark.battery("L1")
 def test_fifty_nodes_in_one_process_and_nothing_lost():
+    """Fifty nodes for three rounds, 100 KB each: every answer counts, and no payload is kept."""
     with served(50, MB // 10, processes=1) as grid:
         for number in range(3):
             everyone(grid, number)
@@ -74,8 +78,10 @@ def test_fifty_nodes_in_one_process_and_nothing_lost():
         assert len(grid.link.connected()) == 50
 
 
+@pytest.mark.battery("L1")
 @pytest.mark.slow
 def test_l1_two_hundred_nodes_for_a_hundred_rounds():
+    """Nothing is lost; the low points of memory at the end are at most 5 % above those after ten rounds."""
     with served(200, MB) as grid:
         memory = []
         for number in range(100):
@@ -88,8 +94,59 @@ def test_l1_two_hundred_nodes_for_a_hundred_rounds():
         assert grid.link._uploads == 0
 
 
+def dispatched(num_clients):
+    """Return seconds to register a node, and to sample a hundred of them and hand out their tasks (medians)."""
+    with GrpcGrid(num_clients, Settings(leave_after_s=600, give_up_after_s=600), min_clients=1) as grid:
+        grid.describe("cell", {"rounds": {"clients_per_round": 100}, "evaluation": {"clients": 100}}, 0)
+        with grpc.insecure_channel(f"127.0.0.1:{grid.link.port}") as channel:
+            join = methods.stubs(channel)["Join"]
+            took = []
+            for client in range(num_clients):
+                started = time.perf_counter()
+                join(pb.JoinRequest(protocol=1, node=f"n{client}", instance="i", client=client), timeout=30)
+                took.append(time.perf_counter() - started)
+        rounds = []
+        for number in range(20):
+            started = time.perf_counter()
+            cohort = random.Random(number).sample(list(grid.get_node_ids()), 100)
+            stream = grid.stream(messages(cohort, number, np.zeros(1, np.float32)), timeout=600)
+            waiter = threading.Thread(target=next, args=(stream,))
+            waiter.start()
+            while sum(len(node.tasks) for node in grid.link.nodes.values()) < 100:
+                time.sleep(0.001)
+            rounds.append(time.perf_counter() - started)
+            for node in cohort:
+                client = flower.client_of(node)
+                for name in list(grid.link.nodes[client].tasks):
+                    grid.link.call(grid.link.close_task, client, name, Answer(code=2, reason="enough"))
+            waiter.join(60)
+            stream.close()
+        assert len(grid.link.nodes) == num_clients
+        assert grid.link.payloads.num_bytes == 0
+    return float(np.median(took)), float(np.median(rounds))
+
+
+@pytest.mark.battery("L2")
+def test_l2_a_thousand_registered_and_a_hundred_in_a_round():
+    """Sampling and dispatch take at most 50 ms a round, a registration at most 5 ms (aim: 1 ms, see below)."""
+    registered, dispatch = dispatched(1000)
+    assert registered <= 0.005
+    assert dispatch <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.battery("L2")
+def test_l2_ten_thousand_registered_and_a_hundred_in_a_round():
+    """Sampling and dispatch take at most 50 ms a round, a registration at most 1 ms."""
+    registered, dispatch = dispatched(10_000)
+    assert registered <= 0.001
+    assert dispatch <= 0.05
+
+
+@pytest.mark.battery("L3")
 @pytest.mark.slow
 def test_l3_four_updates_of_500_mb_at_once():
+    """The server's memory grows by at most 2.5 times the model."""
     size = 500 * MB
     values = np.random.default_rng(0).random(size // 8)
     with served(4, size, processes=4, max_payload_bytes=2 * size, uploads_bytes=2 * size, beat_s=0.5) as grid:
@@ -109,8 +166,10 @@ def test_l3_four_updates_of_500_mb_at_once():
         assert most[0] - before <= 2.5 * size  # the encoded payload and a copy while it is made; answers are in files
 
 
+@pytest.mark.battery("L4")
 @pytest.mark.slow
 def test_l4_a_thousand_rounds_leave_nothing_behind():
+    """Memory grows by at most 1 KB a round; open files and threads do not."""
     with served(10, 1000) as grid:
         process, memory = psutil.Process(), []
         for number in range(1000):
@@ -125,13 +184,16 @@ def test_l4_a_thousand_rounds_leave_nothing_behind():
         assert process.num_threads() <= threads
 
 
+@pytest.mark.battery("L5")
 @pytest.mark.slow
 def test_l5_five_hundred_connects_at_once():
+    """All are served, and answer a round."""
     with served(500, 1000) as grid:
         assert len(grid.link.connected()) == 500
         everyone(grid, 1, np.zeros(100, np.float32))
 
 
+@pytest.mark.battery("L6")
 @pytest.mark.slow
 def test_l6_fifty_peers_that_read_a_kilobyte_a_second():
     """They fetch a large payload and hardly read it. Flow control holds each back; the others are as fast as before."""

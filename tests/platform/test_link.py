@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 import random
 import socket
+import struct
 import threading
 import time
+import zipfile
 
 import grpc
 import numpy as np
@@ -119,6 +123,7 @@ def test_a_task_is_fetched_and_answered(grid, calls):
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.battery("B7", "F3")
 def test_an_answer_counts_once(grid, calls):
     session = join(calls).session
     going = Round(grid, message())
@@ -144,6 +149,7 @@ def test_the_same_question_has_the_same_id(grid, calls):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.battery("B6", "B7")
 def test_open_tasks_come_again_on_a_new_stream_and_after_a_new_join(grid, calls):
     session = join(calls).session
     going = Round(grid, message())
@@ -161,6 +167,7 @@ def test_open_tasks_come_again_on_a_new_stream_and_after_a_new_join(grid, calls)
     assert len(going.end()) == 1
 
 
+@pytest.mark.battery("B7", "F4")
 def test_a_node_that_stays_away_fails_its_task_and_a_deadline_ends_the_rest(grid, calls):
     session, other = join(calls, "a", 0).session, join(calls, "b", 1).session
     streams = [calls["Work"](pb.WorkRequest(session=each)) for each in (session, other)]
@@ -205,16 +212,36 @@ def by_one(header, data):
     return header, data
 
 
+def repeated(header, data):
+    return header, data[:50_000] + data
+
+
+def swapped(header, data):
+    return header, data[50_000:100_000] + data[:50_000] + data[100_000:]
+
+
+def of_another_run(header, data):
+    return header, answer(7.0)
+
+
+def missing(header, data):
+    return header, data[:50_000] + data[100_000:]
+
+
 def strange(header, data):
     header.answer.encoding = 77
     return header, data
 
 
+@pytest.mark.battery("B5")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (longer, "more than"),
         (altered, "digest"),
+        (repeated, "more than"),
+        (swapped, "digest"),
+        (of_another_run, "digest"),
         (lies, "two different sizes"),
         (huge, "10000000000 bytes; at most 5000000"),
         (by_one, "5000001 bytes"),
@@ -235,25 +262,107 @@ def test_a_wrong_payload_fails_its_client_and_nobody_else(grid, calls, change, s
     assert grid.link._uploads in (0, len(answer()))  # room is given back
 
 
-def test_what_was_cut_short_may_be_sent_again(grid, calls):
+@pytest.mark.battery("B5")
+@pytest.mark.parametrize("change", [cut, missing])
+def test_what_was_cut_short_may_be_sent_again(grid, calls, change):
+    """The end or a chunk in the middle is missing: refused, and the node may send it again."""
     session = join(calls).session
     going = Round(grid, message())
     task, _ = first_task(calls, session)
-    verdict = submit(calls, session, task.id, answer(), cut)
+    verdict = submit(calls, session, task.id, answer(), change)
     assert verdict.verdict == pb.VERDICT_REFUSED
     assert "bytes came" in verdict.reason
     assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
     assert going.end()[0].has_content()
 
 
-def test_bytes_that_are_no_records_fail_their_client(grid, calls):
+class Opens:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def saved(save, *arrays, **options):
+    file = io.BytesIO()
+    save(file, *arrays, **options)
+    return file.getvalue()
+
+
+def archive(name, content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        entry = zipfile.ZipInfo(name)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        made.writestr(entry, content)
+    return file.getvalue()
+
+
+FOREIGN = {
+    "pickle": lambda path: pickle.dumps(Opens(path)),
+    "npy of objects": lambda path: saved(np.save, np.array([Opens(path)], object), allow_pickle=True),
+    "npz of objects": lambda path: saved(np.savez, np.array([Opens(path)], object)),
+    "npy": lambda path: saved(np.save, W),
+    "zip bomb": lambda path: archive("w.npy", bytes(100_000_000)),
+    "zip slip": lambda path: archive(f"../../../../../../..{path}", b"x"),
+    "safetensors of another format": lambda path: struct.pack("<Q", 2) + b"{}",
+}
+
+
+@pytest.mark.battery("B4")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_bytes_that_are_no_records_fail_their_client(grid, calls, kind, tmp_path):
+    """Pickles, archives and bombs are not opened: their client fails, its neighbour does not, memory stays flat."""
+    bad, good = join(calls, "bad", 0).session, join(calls, "good", 1).session
+    going = Round(grid, message(0), message(1))
+    (one, _), (two, _) = first_task(calls, bad), first_task(calls, good)
+    blob = FOREIGN[kind](tmp_path / "opened")
+    before = psutil.Process().memory_info().rss
+    assert submit(calls, bad, one.id, blob).verdict == pb.VERDICT_ACCEPTED
+    assert submit(calls, good, two.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    replies = {flower.client_of(r.metadata.src_node_id): r for r in going.end()}
+    assert "cannot be read" in replies[0].error.reason
+    assert replies[1].has_content()
+    assert not (tmp_path / "opened").exists()
+    assert psutil.Process().memory_info().rss - before < 50_000_000
+
+
+@pytest.mark.battery("B7")
+def test_a_message_cut_at_any_byte_harms_nobody(grid, calls):
+    """A small message that ends at each of its bytes in turn: a status or a refusal, and the task is still open."""
     session = join(calls).session
-    going = Round(grid, message())
+    going = Round(grid, message(), timeout=60.0)
     task, _ = first_task(calls, session)
-    assert submit(calls, session, task.id, b"\x80\x04cos\nsystem\n" * 100).verdict == pb.VERDICT_ACCEPTED
-    assert "cannot be read" in going.end()[0].error.reason
+    header = next(parts(session, task.id, answer()))
+    whole, inner = header.SerializeToString(), header.header.SerializeToString()
+    with grpc.insecure_channel(f"127.0.0.1:{grid.link.port}") as channel:
+        raw = channel.stream_unary(f"/{methods.SERVICE}/Submit")
+        cases = [whole[:end] for end in range(len(whole))]
+        cases += [pb.SubmitRequest(data=inner[:end]).SerializeToString() for end in range(0, len(inner), 20)]
+        for end in range(len(inner)):
+            cases.append(whole[:1] + _varint(end) + inner[:end])
+        for case in cases:
+            try:
+                verdict = pb.SubmitResponse.FromString(raw(iter([case]), timeout=10)).verdict
+            except grpc.RpcError as error:
+                assert error.code() in (
+                    grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN,
+                    grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND,
+                )  # fmt: skip
+            else:
+                assert verdict in (pb.VERDICT_REFUSED, pb.VERDICT_STALE)
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    assert going.end()[0].has_content()
 
 
+def _varint(number):
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
+
+
+@pytest.mark.battery("B7")
 def test_calls_out_of_order_get_a_status(grid, calls):
     def status(call):
         with pytest.raises(grpc.RpcError) as caught:
@@ -276,6 +385,7 @@ def test_calls_out_of_order_get_a_status(grid, calls):
     assert submit(calls, session, "a task never given", answer()).verdict == pb.VERDICT_STALE
 
 
+@pytest.mark.battery("B7")
 def test_a_node_answers_for_itself_only(grid, calls):
     one, two = join(calls, "a", 0).session, join(calls, "b", 1).session
     going = Round(grid, message(0), message(1))
@@ -286,6 +396,7 @@ def test_a_node_answers_for_itself_only(grid, calls):
     assert all(reply.content["arrays"]["w"].numpy()[0] == 1.0 for reply in going.end())
 
 
+@pytest.mark.battery("B8")
 def test_garbage_on_the_port_and_mutated_frames_leave_the_server_up_and_small(grid, calls):
     rng = random.Random(0)
     session = join(calls).session
@@ -342,6 +453,7 @@ def test_a_shared_payload_is_encoded_once(grid, calls, monkeypatch):
     assert len(going.end()) == 3
 
 
+@pytest.mark.battery("L3")
 def test_uploads_wait_for_room_and_none_is_lost(calls, grid):
     """Answers together are larger than what may be under way: they come one by one."""
     object.__setattr__(grid.link.settings, "uploads_bytes", len(answer()) + 10)

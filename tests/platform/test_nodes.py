@@ -28,6 +28,7 @@ def test_a_token_lets_its_node_in_and_the_file_does_not_hold_it(tmp_path):
     assert AllowList(path).identify(Credentials(other))[0] == "b"
 
 
+@pytest.mark.battery("B6")
 @pytest.mark.parametrize("shown", [Credentials(), Credentials("nonsense"), Credentials("sha256:" + "0" * 64)])
 def test_others_are_refused(tmp_path, shown):
     path = tmp_path / "nodes.yaml"
@@ -36,6 +37,7 @@ def test_others_are_refused(tmp_path, shown):
         AllowList(path).identify(shown)
 
 
+@pytest.mark.battery("B6")
 def test_a_revoked_or_expired_node_is_shut_out_without_a_restart(tmp_path):
     path = tmp_path / "nodes.yaml"
     token, late = allowing.admit(path, "a"), allowing.admit(path, "b", expires="2026-01-31")
@@ -105,6 +107,7 @@ def test_certificates_are_signed_named_and_private(tmp_path):
         certificates.write(tmp_path, ["x"])
 
 
+@pytest.mark.battery("B6")
 def test_a_link_is_closed_unless_told_otherwise(tmp_path):
     certificates.write(tmp_path, ["localhost"])
     allowing.admit(tmp_path / "nodes.yaml", "a")
@@ -125,6 +128,7 @@ def test_a_link_is_closed_unless_told_otherwise(tmp_path):
     assert caught.value.code == "certs-file"
 
 
+@pytest.mark.battery("B6")
 def test_a_node_sends_its_token_to_nobody_in_the_clear():
     with pytest.raises(TrellisError) as caught:
         Where("cloud.example:7443", token="t", insecure=True).credentials()

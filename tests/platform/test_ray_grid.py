@@ -222,6 +222,7 @@ def test_state_survives_a_crash(grid: RayGrid) -> None:
 # ------------------------------------------------------------------------------------------- clients that fail
 
 
+@pytest.mark.battery("F8")
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_a_client_that_takes_its_worker_down_fails_alone(grid: RayGrid, how: str) -> None:
     before = pids(list(grid.stream(cohort(grid))))
@@ -236,6 +237,7 @@ def test_a_client_that_takes_its_worker_down_fails_alone(grid: RayGrid, how: str
     assert pids(again) != before
 
 
+@pytest.mark.battery("F8")
 def test_a_client_that_crashes_again_and_again_is_not_run(grid: RayGrid) -> None:
     for _ in range(MAX_CRASHES):
         assert "worker died" in errors(list(grid.stream(cohort(grid, "exit", (0,)))))[0][1]
@@ -245,6 +247,7 @@ def test_a_client_that_crashes_again_and_again_is_not_run(grid: RayGrid) -> None
     assert pids(list(grid.stream(cohort(grid)))) == before
 
 
+@pytest.mark.battery("F9")
 def test_clients_that_raise_or_send_nonsense_fail_alone(grid: RayGrid) -> None:
     before = pids(list(grid.stream(cohort(grid))))
     expected = {
@@ -264,6 +267,7 @@ def test_clients_that_raise_or_send_nonsense_fail_alone(grid: RayGrid) -> None:
     assert not grid.crashes
 
 
+@pytest.mark.battery("F9")
 def test_a_hanging_client_is_cut_at_the_deadline(grid: RayGrid) -> None:
     list(grid.stream(cohort(grid)))
     failed = errors(list(grid.stream(cohort(grid, "hang", (1,)), timeout=3)))

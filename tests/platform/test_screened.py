@@ -267,6 +267,7 @@ CASES = {
 }
 
 
+@pytest.mark.battery("B1", "B2", "B3")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_an_offender_is_named_and_left_out_and_the_round_completes(case: Case) -> None:
     clients = range(case.clients)
@@ -358,6 +359,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.battery("B7")
 @pytest.mark.parametrize("misbehave", FORGERIES.values(), ids=FORGERIES)
 def test_a_forged_reply_harms_only_its_sender(misbehave: Misbehave) -> None:
     grid = Screened(LocalGrid(make_app(misbehave), 3), Screening())

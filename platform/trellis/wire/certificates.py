@@ -110,7 +110,7 @@ def _builder(subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> 
         .subject_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))  # for nodes whose clock is a little behind
+        .not_valid_before(now - timedelta(hours=1))  # for nodes whose clock is behind
         .not_valid_after(now + timedelta(days=days))
     )
 

@@ -1,0 +1,254 @@
+"""Does a test notice when a protection is gone? One line is changed at a time, in a copy, and the test named must fail.
+
+    python tools/mutations.py              all of them, and the table of docs/reliability.md
+    python tools/mutations.py NAME …       these
+    python tools/mutations.py --list       their names
+
+Exit status 1 if a mutant survives, or if the tests fail on the project as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mutations: made by tools/mutations.py -->", "<!-- mutations end -->"
+PARTS = ("platform", "clients", "server", "tests", "protos", "benchmarks", "docs", "scenarios", "pyproject.toml")
+PACKAGES = ("platform", "clients", "server")
+
+PAYLOAD = "platform/trellis/wire/payload.py"
+CONTENT = "platform/trellis/wire/content.py"
+NODES = "platform/trellis/wire/nodes.py"
+LINK = "platform/trellis/grids/_grpc_link.py"
+GRID = "platform/trellis/grids/grpc.py"
+CHECKS = "platform/trellis/grids/_checks.py"
+COHORT = "platform/trellis/grids/_cohort.py"
+SCREENED = "platform/trellis/grids/screened.py"
+SERVING = "platform/trellis/deploy/serving.py"
+JOINING = "platform/trellis/deploy/joining.py"
+NODE = "clients/trellis_clients/link/connection.py"
+TRAINING = "clients/trellis_clients/link/training.py"
+STORE = "clients/trellis_clients/link/store.py"
+CONSENT = "clients/trellis_clients/link/consent.py"
+CHECKPOINT = "server/trellis_server/checkpoint.py"
+LOOP = "server/trellis_server/loop.py"
+EXPERIMENT = "platform/trellis/experiment.py"
+
+T_WIRE, T_LINK, T_NODES = "platform/test_wire.py", "platform/test_link.py", "platform/test_nodes.py"
+T_GRPC, T_RELIABLE, T_SCREENED = "e2e/test_grpc.py", "e2e/test_reliability.py", "platform/test_screened.py"
+OFFENDER = f"{T_SCREENED}::test_an_offender_is_named_and_left_out_and_the_round_completes"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A protection, and how to switch it off.
+
+    Attributes:
+        name: of the protection.
+        file: its source.
+        old: stands there exactly once.
+        new: in its place, the protection is gone.
+        test: in ``tests``; must pass before and fail after.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    # what comes over the wire
+    Mutant("digest of a payload", PAYLOAD, "if self._sha.hexdigest() != payload.digest:", "if False:",
+           f"{T_WIRE}::test_other_bytes_than_announced_are_refused"),
+    Mutant("limit of a payload's size", PAYLOAD, "if max(payload.size, payload.decoded_size) > limit:", "if False:",
+           f"{T_WIRE}::test_a_payload_that_claims_too_much_is_refused_before_a_byte_of_it"),
+    Mutant("encoding of a payload", PAYLOAD, "if payload.encoding not in (pb.ENCODING_NONE, pb.ENCODING_ZSTD):",
+           "if False:", f"{T_LINK}::test_a_wrong_payload_fails_its_client_and_nobody_else"),
+    Mutant("more bytes than announced", PAYLOAD, "if self.received > self.payload.size:", "if False:",
+           f"{T_WIRE}::test_bytes_after_the_end_are_refused_when_they_come"),
+    Mutant("growth while decoding", PAYLOAD, "if self._decoded > self.payload.decoded_size:", "if False:",
+           f"{T_WIRE}::test_few_bytes_that_stand_for_many_are_caught_on_the_way"),
+    Mutant("arrays that overlap", CONTENT, "or start != covered or", "or",
+           f"{T_WIRE}::test_overlapping_arrays_and_gaps_are_refused"),
+    # the protocol
+    Mutant("version of the protocol", LINK, "if request.protocol != methods.PROTOCOL:", "if False:",
+           f"{T_LINK}::test_calls_out_of_order_get_a_status"),
+    Mutant("session of a call", LINK, "node = self._sessions.get(session)",
+           "node = self._sessions.get(session) or next(iter(self.nodes.values()), None)",
+           f"{T_LINK}::test_open_tasks_come_again_on_a_new_stream_and_after_a_new_join"),
+    Mutant("answers known to be duplicates", LINK, "if header.task_id in self._answered[node.client]:", "if False:",
+           f"{T_LINK}::test_an_answer_counts_once"),
+    Mutant("stale verdict", LINK, 'VERDICT_STALE, reason="nobody waits', 'VERDICT_ACCEPTED, reason="nobody waits',
+           f"{T_LINK}::test_a_node_answers_for_itself_only"),
+    Mutant("one machine for a name", LINK, "if before and before.connected and before.instance != request.instance:",
+           "if False:", f"{T_LINK}::test_calls_out_of_order_get_a_status"),
+    Mutant("lost nodes fail their tasks", LINK,
+           "if node.gone_since is not None and now - node.gone_since >= self.settings.leave_after_s:", "if False:",
+           f"{T_LINK}::test_a_node_that_stays_away_fails_its_task_and_a_deadline_ends_the_rest"),
+    Mutant("room for uploads", LINK, "self._uploads == 0 or self._uploads + size <= self.settings.uploads_bytes",
+           "True",
+           f"{T_LINK}::test_uploads_wait_for_room_and_none_is_lost"),
+    Mutant("deadline of a round", GRID, "deadline = None if timeout is None else time.monotonic() + timeout",
+           "deadline = None if timeout is None else time.monotonic() + 4 * timeout",
+           f"{T_RELIABLE}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
+    Mutant("monotonic clock", GRID, "import time\n",
+           "import time as _time\nclass time:\n    monotonic = staticmethod(lambda: _time.time())\n",
+           f"{T_RELIABLE}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
+    Mutant("pauses drawn at random", NODE, "pause = self._jitter.uniform(0, min(", "pause = max(0, min(",
+           f"{T_RELIABLE}::test_pauses_between_tries_grow_to_a_limit_and_are_drawn_at_random"),
+    # who gets in
+    Mutant("unknown token", NODES, "_same(entry.token, token) or", "token is not None or",
+           f"{T_NODES}::test_others_are_refused"),
+    Mutant("revoked node at the door", NODES, "if entry.revoked:", "if False:",
+           f"{T_NODES}::test_a_revoked_or_expired_node_is_shut_out_without_a_restart"),
+    Mutant("revoked node inside", NODES, "return entry is not None and not entry.revoked and not expired",
+           "return entry is not None", f"{T_NODES}::test_a_revoked_or_expired_node_is_shut_out_without_a_restart"),
+    Mutant("last day of credentials", NODES, "if entry.expires is not None and (now", "if False and (now",
+           f"{T_RELIABLE}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
+    Mutant("name that is not the token's", LINK, 'if request.node not in ("", name):', "if False:",
+           f"{T_RELIABLE}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
+    Mutant("nodes' certificates under --mutual-tls", SERVING, "require_client_auth=authority is not None,",
+           "require_client_auth=False,",
+           f"{T_RELIABLE}::test_under_mutual_tls_a_node_shows_a_certificate_of_the_right_authority"),
+    Mutant("--insecure on loopback only", SERVING, "if insecure and not local and not beyond_loopback:", "if False:",
+           f"{T_NODES}::test_a_link_is_closed_unless_told_otherwise"),
+    Mutant("no TLS without an allow-list", SERVING, "    if allow is None:\n", "    if False:\n",
+           f"{T_NODES}::test_a_link_is_closed_unless_told_otherwise"),
+    Mutant("no token in the clear", JOINING, "if self.token and host not in", "if False and host not in",
+           f"{T_NODES}::test_a_node_sends_its_token_to_nobody_in_the_clear"),
+    Mutant("consent by digest", CONSENT, " and digest(path.read_bytes()) in self.allowed", "",
+           f"{T_GRPC}::test_code_from_a_file_runs_only_with_the_operators_consent"),
+    # the admission gate and the round
+    Mutant("gate: finite", CHECKS, "return None if reply.expected is None else reply.measured.nonfinite",
+           "return None", OFFENDER),
+    Mutant("gate: names", CHECKS, "if reply.expected is None or reply.as_expected:\n        return None",
+           "if True:\n        return None", OFFENDER),
+    Mutant("gate: weight", CHECKS, "return None if 1 <= value <= most else", "return None if True else", OFFENDER),
+    Mutant("gate: norm", COHORT, "if norm > cohort.limit else None", "if False else None", OFFENDER),
+    Mutant("gate: second reply", SCREENED, "if answered in self.closed:", "if False:",
+           f"{T_SCREENED}::test_a_second_reply_is_dropped"),
+    Mutant("quorum", LOOP, "needed = math.ceil(self.scenario.rounds.quorum * cohort)", "needed = 0",
+           "e2e/test_failures.py::test_a_missed_quorum_ends_the_run_with_a_reason_and_it_resumes"),
+    # disks and states
+    Mutant("state counts once accepted", TRAINING, "if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):",
+           "if True:", f"{T_RELIABLE}::test_an_answer_after_the_deadline_leaves_no_trace_in_the_clients_state"),
+    Mutant("asking what counts after a crash", TRAINING, "for known in store.unsettled():", "for known in list[str]():",
+           f"{T_RELIABLE}::test_a_node_that_dies_before_it_could_note_that_its_answer_counts"),
+    Mutant("answers are kept", STORE, 'read_bytes() if task in self._index["answers"] else None',
+           'read_bytes() if task == "" else None',
+           f"{T_RELIABLE}::test_a_node_that_dies_before_it_could_note_that_its_answer_counts"),
+    Mutant("node's files whole or not at all", STORE, 'temporary.open("wb")', 'path.open("wb")',
+           f"{T_RELIABLE}::test_a_file_is_written_whole_or_not_at_all"),
+    Mutant("node's disk is full", TRAINING, "except OSError as error:  # an", "except KeyError as error:  # an",
+           f"{T_RELIABLE}::test_a_node_whose_disk_is_full_fails_by_itself_until_there_is_room"),
+    Mutant("digest of a checkpoint", CHECKPOINT, 'if hashlib.sha256(blob).hexdigest() != entry["sha256"]:', "if False:",
+           "server/test_checkpoint.py::test_a_damaged_state_gives_the_one_before_it"),
+    Mutant("checkpoint whole or not at all", CHECKPOINT, 'folder / f"{name}.tmp"', "folder / name",
+           "server/test_checkpoint.py::test_a_crash_at_any_write_leaves_the_previous_state"),
+    Mutant("server's disk is full", EXPERIMENT, "if error.errno not in DISK:", "if True:",
+           f"{T_RELIABLE}::test_a_disk_that_takes_no_checkpoint"),
+]  # fmt: skip
+
+
+def copy(folder: Path) -> None:
+    """Copy what the tests need."""
+    leave = shutil.ignore_patterns("__pycache__", "runs", "*.egg-info")
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=leave)
+        else:
+            shutil.copy(source, folder / part)
+
+
+def passes(folder: Path, tests: list[str]) -> tuple[bool, str]:
+    """Run tests of the copy, on the copy's packages; return whether all passed, and what pytest said."""
+    found = os.pathsep.join(str(folder / package) for package in PACKAGES)
+    environment = {**os.environ, "PYTHONPATH": found, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", "120"]
+    try:
+        done = subprocess.run(
+            [*command, *(f"tests/{test}" for test in tests)],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False, "it did not end"
+    if done.returncode not in (0, 1):
+        return False, f"pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    skipped = " skipped" in done.stdout and " passed" not in done.stdout
+    return done.returncode == 0 and not skipped, done.stdout[-2000:]
+
+
+def apply(folder: Path, mutant: Mutant) -> str:
+    """Change the line in the copy; return the text before."""
+    path = folder / mutant.file
+    before = path.read_text()
+    count = before.count(mutant.old)
+    if count != 1:
+        raise SystemExit(f"{mutant.name}: {mutant.file} holds {mutant.old!r} {count} times, not once")
+    path.write_text(before.replace(mutant.old, mutant.new))
+    return before
+
+
+def table(rows: list[tuple[Mutant, str]]) -> str:
+    """Return the page's table."""
+    lines = ["| protection | in | test | when it is off |", "|---|---|---|---|"]
+    for mutant, said in rows:
+        file, _, test = mutant.test.partition("::")
+        test = test.removeprefix("test_")
+        source = f"[{Path(mutant.file).name}](../{mutant.file})"
+        lines.append(f"| {mutant.name} | {source} | [`{test}`](../tests/{file}) | {said} |")
+    return "\n".join(lines)
+
+
+def write(rows: list[tuple[Mutant, str]]) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
+
+
+def main(arguments: list[str]) -> int:
+    say = sys.stdout.write
+    if "--list" in arguments:
+        say("".join(f"{mutant.name}\n" for mutant in MUTANTS))
+        return 0
+    chosen = [mutant for mutant in MUTANTS if not arguments or mutant.name in arguments]
+    if not chosen:
+        raise SystemExit("no protection of that name; --list names them")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        copy(folder)
+        for mutant in chosen:  # all can be applied, before the first is tried
+            (folder / mutant.file).write_text(apply(folder, mutant))
+        well, said = passes(folder, sorted({mutant.test for mutant in chosen}))
+        if not well:
+            say(f"the tests do not pass on the project as it is:\n{said}\n")
+            return 1
+        rows = []
+        for mutant in chosen:
+            started = time.monotonic()
+            before = apply(folder, mutant)
+            survived, said = passes(folder, [mutant.test])
+            (folder / mutant.file).write_text(before)
+            if said.startswith("pytest ended"):
+                raise SystemExit(f"{mutant.name}: {said}")
+            rows.append((mutant, "**nothing is noticed**" if survived else "fails"))
+            say(f"{'SURVIVED' if survived else 'killed  '}  {mutant.name}  ({time.monotonic() - started:.0f} s)\n")
+            sys.stdout.flush()
+    if not arguments:
+        write(rows)
+    return int(any(said != "fails" for _, said in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
