@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench claims mutations schema protos images-check clean
+.PHONY: help install demo test test-slow lint format bench claims mutations schema protos lint-protos images-check clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ claims: install  ## what the papers claim, measured at small scale: all (hours),
 
 schema: install  ## write the JSON Schema of scenario files
 	$(BIN)/trellis schema > docs/scenario.schema.json
+
+lint-protos:  ## the rules of buf on the protocols; needs npx
+	cd protos && npx --yes @bufbuild/buf lint
 
 protos: install  ## write the code of the protocols in protos/
 	$(BIN)/python protos/generate.py
