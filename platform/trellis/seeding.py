@@ -84,6 +84,8 @@ def _numpy_scoped(seed: int) -> Iterator[None]:
     there; only the second of a pair of Gaussian numbers, if one is waiting, would get lost that way.
     """
     bits = get_bit_generator()
+    # Scopes of several threads may leave one another's generator behind. What is to come back must not be lent.
+    _spare[:] = [each for each in _spare if each is not bits]
     waiting = _waiting_gaussian(bits)
     lent = _spare.pop() if _spare else np.random.MT19937()
     set_bit_generator(lent)

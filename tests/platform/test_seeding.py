@@ -60,6 +60,26 @@ def test_a_scope_restores_the_second_of_a_pair_of_gaussian_numbers():
     assert [first, *np.random.standard_normal(3)] == undisturbed
 
 
+def test_scopes_that_end_out_of_order_lend_nothing_that_is_to_come_back():
+    """Two threads in scopes at once may leave the inner one's generator behind; later scopes are none the worse."""
+    one, two = seeding.scoped(1), seeding.scoped(2)
+    before = np.random.get_bit_generator()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    two.__exit__(None, None, None)
+    try:
+        np.random.seed(5)
+        undisturbed = np.random.random(4).tolist()
+        np.random.seed(5)
+        first = np.random.random()
+        with seeding.scoped(1), seeding.scoped(2):
+            np.random.random()
+        assert [first, *np.random.random(3)] == undisturbed
+    finally:
+        np.random.set_bit_generator(before)
+
+
 def test_a_scope_inside_another_leaves_the_outer_one_as_it_was():
     with seeding.scoped(1):
         undisturbed = [draw() for _ in range(2)]
