@@ -113,7 +113,7 @@ class WorkResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "kind", "cell", "setup", "records", "seconds_left", "shortening")
+    __slots__ = ("id", "kind", "cell", "setup", "records", "seconds_left", "shortening", "after")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     CELL_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class Task(_message.Message):
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     SHORTENING_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     cell: str
@@ -128,7 +129,8 @@ class Task(_message.Message):
     records: _containers.RepeatedCompositeFieldContainer[Record]
     seconds_left: float
     shortening: Shortening
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., cell: _Optional[str] = ..., setup: _Optional[_Union[Payload, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., seconds_left: _Optional[float] = ..., shortening: _Optional[_Union[Shortening, str]] = ...) -> None: ...
+    after: str
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., cell: _Optional[str] = ..., setup: _Optional[_Union[Payload, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., seconds_left: _Optional[float] = ..., shortening: _Optional[_Union[Shortening, str]] = ..., after: _Optional[str] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("name", "payload")
