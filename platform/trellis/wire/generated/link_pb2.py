@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.DescriptorPool().AddSerializedFile(b'\n\nlink.proto\x12\ntrellis.v1\"\x96\x02\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x13\n\x06\x63lient\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.trellis.v1.NodeKind\x12\'\n\tencodings\x18\x06 \x03(\x0e\x32\x14.trellis.v1.Encoding\x12\x37\n\x08software\x18\x07 \x03(\x0b\x32%.trellis.v1.JoinRequest.SoftwareEntry\x1a/\n\rSoftwareEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_client\"\xad\x01\n\x0cJoinResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x13\n\x0bnum_clients\x18\x03 \x01(\r\x12\x0b\n\x03run\x18\x04 \x01(\t\x12\x19\n\x11max_payload_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x65\x61t_seconds\x18\x07 \x01(\x01\x12\x14\n\x0ckeep_answers\x18\x08 \x01(\r\"\x1e\n\x0bWorkRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\xa9\x01\n\x0cWorkResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x10.trellis.v1.TaskH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.trellis.v1.CancelH\x00\x12 \n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x10.trellis.v1.BeatH\x00\x12&\n\x07goodbye\x18\x04 \x01(\x0b\x32\x13.trellis.v1.GoodbyeH\x00\x42\x07\n\x05\x65vent\"\xd7\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x65ll\x18\x03 \x01(\t\x12\"\n\x05setup\x18\x04 \x01(\x0b\x32\x13.trellis.v1.Payload\x12#\n\x07records\x18\x05 \x03(\x0b\x32\x12.trellis.v1.Record\x12\x14\n\x0cseconds_left\x18\x06 \x01(\x01\x12*\n\nshortening\x18\x07 \x01(\x0e\x32\x16.trellis.v1.Shortening\x12\x12\n\x05\x61\x66ter\x18\x08 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_after\"<\n\x06Record\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x07payload\x18\x02 \x01(\x0b\x32\x13.trellis.v1.Payload\"u\n\x07Payload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x14\n\x0c\x64\x65\x63oded_size\x18\x03 \x01(\x04\x12&\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x14.trellis.v1.Encoding\x12\x0e\n\x06inline\x18\x05 \x01(\x0c\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"\x06\n\x04\x42\x65\x61t\"(\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\"?\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.trellis.v1.SubmitHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8a\x01\n\x0cSubmitHeader\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12%\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x13.trellis.v1.PayloadH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.trellis.v1.FailureH\x00\x42\t\n\x07outcome\"\'\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\x0eSubmitResponse\x12$\n\x07verdict\x18\x01 \x01(\x0e\x32\x13.trellis.v1.Verdict\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x66or_good\x18\x03 \x01(\x08\"\x0f\n\rLeaveResponse*N\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fNODE_KIND_TRAIN\x10\x01\x12\x12\n\x0eNODE_KIND_EDGE\x10\x02*J\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_NONE\x10\x01\x12\x11\n\rENCODING_ZSTD\x10\x02*j\n\nShortening\x12\x1a\n\x16SHORTENING_UNSPECIFIED\x10\x00\x12\x13\n\x0fSHORTENING_NONE\x10\x01\x12\x16\n\x12SHORTENING_FLOAT16\x10\x02\x12\x13\n\x0fSHORTENING_INT8\x10\x03*w\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x11\n\rVERDICT_STALE\x10\x03\x12\x13\n\x0fVERDICT_REFUSED\x10\x04\x32\xc6\x02\n\x0bLinkService\x12\x39\n\x04Join\x12\x17.trellis.v1.JoinRequest\x1a\x18.trellis.v1.JoinResponse\x12;\n\x04Work\x12\x17.trellis.v1.WorkRequest\x1a\x18.trellis.v1.WorkResponse0\x01\x12>\n\x05\x46\x65tch\x12\x18.trellis.v1.FetchRequest\x1a\x19.trellis.v1.FetchResponse0\x01\x12\x41\n\x06Submit\x12\x19.trellis.v1.SubmitRequest\x1a\x1a.trellis.v1.SubmitResponse(\x01\x12<\n\x05Leave\x12\x18.trellis.v1.LeaveRequest\x1a\x19.trellis.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.DescriptorPool().AddSerializedFile(b'\n\nlink.proto\x12\ntrellis.v1\"\x96\x02\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x13\n\x06\x63lient\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.trellis.v1.NodeKind\x12\'\n\tencodings\x18\x06 \x03(\x0e\x32\x14.trellis.v1.Encoding\x12\x37\n\x08software\x18\x07 \x03(\x0b\x32%.trellis.v1.JoinRequest.SoftwareEntry\x1a/\n\rSoftwareEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_client\"\xad\x01\n\x0cJoinResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\r\x12\x13\n\x0bnum_clients\x18\x03 \x01(\r\x12\x0b\n\x03run\x18\x04 \x01(\t\x12\x19\n\x11max_payload_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x06 \x01(\r\x12\x14\n\x0c\x62\x65\x61t_seconds\x18\x07 \x01(\x01\x12\x14\n\x0ckeep_answers\x18\x08 \x01(\r\"\x1e\n\x0bWorkRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\xa9\x01\n\x0cWorkResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x10.trellis.v1.TaskH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.trellis.v1.CancelH\x00\x12 \n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x10.trellis.v1.BeatH\x00\x12&\n\x07goodbye\x18\x04 \x01(\x0b\x32\x13.trellis.v1.GoodbyeH\x00\x42\x07\n\x05\x65vent\"\xd7\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x65ll\x18\x03 \x01(\t\x12\"\n\x05setup\x18\x04 \x01(\x0b\x32\x13.trellis.v1.Payload\x12#\n\x07records\x18\x05 \x03(\x0b\x32\x12.trellis.v1.Record\x12\x14\n\x0cseconds_left\x18\x06 \x01(\x01\x12*\n\nshortening\x18\x07 \x01(\x0e\x32\x16.trellis.v1.Shortening\x12\x12\n\x05\x61\x66ter\x18\x08 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_after\"<\n\x06Record\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x07payload\x18\x02 \x01(\x0b\x32\x13.trellis.v1.Payload\"u\n\x07Payload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x14\n\x0c\x64\x65\x63oded_size\x18\x03 \x01(\x04\x12&\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x14.trellis.v1.Encoding\x12\x0e\n\x06inline\x18\x05 \x01(\x0c\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"\x18\n\x04\x42\x65\x61t\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\"(\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\"?\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.trellis.v1.SubmitHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8a\x01\n\x0cSubmitHeader\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12%\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x13.trellis.v1.PayloadH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.trellis.v1.FailureH\x00\x42\t\n\x07outcome\"\'\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\x0eSubmitResponse\x12$\n\x07verdict\x18\x01 \x01(\x0e\x32\x13.trellis.v1.Verdict\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x66or_good\x18\x03 \x01(\x08\"\x0f\n\rLeaveResponse*N\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fNODE_KIND_TRAIN\x10\x01\x12\x12\n\x0eNODE_KIND_EDGE\x10\x02*J\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_NONE\x10\x01\x12\x11\n\rENCODING_ZSTD\x10\x02*j\n\nShortening\x12\x1a\n\x16SHORTENING_UNSPECIFIED\x10\x00\x12\x13\n\x0fSHORTENING_NONE\x10\x01\x12\x16\n\x12SHORTENING_FLOAT16\x10\x02\x12\x13\n\x0fSHORTENING_INT8\x10\x03*w\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n\x10VERDICT_ACCEPTED\x10\x01\x12\x15\n\x11VERDICT_DUPLICATE\x10\x02\x12\x11\n\rVERDICT_STALE\x10\x03\x12\x13\n\x0fVERDICT_REFUSED\x10\x04\x32\xc6\x02\n\x0bLinkService\x12\x39\n\x04Join\x12\x17.trellis.v1.JoinRequest\x1a\x18.trellis.v1.JoinResponse\x12;\n\x04Work\x12\x17.trellis.v1.WorkRequest\x1a\x18.trellis.v1.WorkResponse0\x01\x12>\n\x05\x46\x65tch\x12\x18.trellis.v1.FetchRequest\x1a\x19.trellis.v1.FetchResponse0\x01\x12\x41\n\x06Submit\x12\x19.trellis.v1.SubmitRequest\x1a\x1a.trellis.v1.SubmitResponse(\x01\x12<\n\x05Leave\x12\x18.trellis.v1.LeaveRequest\x1a\x19.trellis.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOINREQUEST_SOFTWAREENTRY']._loaded_options = None
   _globals['_JOINREQUEST_SOFTWAREENTRY']._serialized_options = b'8\001'
-  _globals['_NODEKIND']._serialized_start=1682
-  _globals['_NODEKIND']._serialized_end=1760
-  _globals['_ENCODING']._serialized_start=1762
-  _globals['_ENCODING']._serialized_end=1836
-  _globals['_SHORTENING']._serialized_start=1838
-  _globals['_SHORTENING']._serialized_end=1944
-  _globals['_VERDICT']._serialized_start=1946
-  _globals['_VERDICT']._serialized_end=2065
+  _globals['_NODEKIND']._serialized_start=1700
+  _globals['_NODEKIND']._serialized_end=1778
+  _globals['_ENCODING']._serialized_start=1780
+  _globals['_ENCODING']._serialized_end=1854
+  _globals['_SHORTENING']._serialized_start=1856
+  _globals['_SHORTENING']._serialized_end=1962
+  _globals['_VERDICT']._serialized_start=1964
+  _globals['_VERDICT']._serialized_end=2083
   _globals['_JOINREQUEST']._serialized_start=27
   _globals['_JOINREQUEST']._serialized_end=305
   _globals['_JOINREQUEST_SOFTWAREENTRY']._serialized_start=247
@@ -60,25 +60,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCEL']._serialized_start=1086
   _globals['_CANCEL']._serialized_end=1111
   _globals['_BEAT']._serialized_start=1113
-  _globals['_BEAT']._serialized_end=1119
-  _globals['_GOODBYE']._serialized_start=1121
-  _globals['_GOODBYE']._serialized_end=1161
-  _globals['_FETCHREQUEST']._serialized_start=1163
-  _globals['_FETCHREQUEST']._serialized_end=1226
-  _globals['_FETCHRESPONSE']._serialized_start=1228
-  _globals['_FETCHRESPONSE']._serialized_end=1257
-  _globals['_SUBMITREQUEST']._serialized_start=1259
-  _globals['_SUBMITREQUEST']._serialized_end=1342
-  _globals['_SUBMITHEADER']._serialized_start=1345
-  _globals['_SUBMITHEADER']._serialized_end=1483
-  _globals['_FAILURE']._serialized_start=1485
-  _globals['_FAILURE']._serialized_end=1524
-  _globals['_SUBMITRESPONSE']._serialized_start=1526
-  _globals['_SUBMITRESPONSE']._serialized_end=1596
-  _globals['_LEAVEREQUEST']._serialized_start=1598
-  _globals['_LEAVEREQUEST']._serialized_end=1663
-  _globals['_LEAVERESPONSE']._serialized_start=1665
-  _globals['_LEAVERESPONSE']._serialized_end=1680
-  _globals['_LINKSERVICE']._serialized_start=2068
-  _globals['_LINKSERVICE']._serialized_end=2394
+  _globals['_BEAT']._serialized_end=1137
+  _globals['_GOODBYE']._serialized_start=1139
+  _globals['_GOODBYE']._serialized_end=1179
+  _globals['_FETCHREQUEST']._serialized_start=1181
+  _globals['_FETCHREQUEST']._serialized_end=1244
+  _globals['_FETCHRESPONSE']._serialized_start=1246
+  _globals['_FETCHRESPONSE']._serialized_end=1275
+  _globals['_SUBMITREQUEST']._serialized_start=1277
+  _globals['_SUBMITREQUEST']._serialized_end=1360
+  _globals['_SUBMITHEADER']._serialized_start=1363
+  _globals['_SUBMITHEADER']._serialized_end=1501
+  _globals['_FAILURE']._serialized_start=1503
+  _globals['_FAILURE']._serialized_end=1542
+  _globals['_SUBMITRESPONSE']._serialized_start=1544
+  _globals['_SUBMITRESPONSE']._serialized_end=1614
+  _globals['_LEAVEREQUEST']._serialized_start=1616
+  _globals['_LEAVEREQUEST']._serialized_end=1681
+  _globals['_LEAVERESPONSE']._serialized_start=1683
+  _globals['_LEAVERESPONSE']._serialized_end=1698
+  _globals['_LINKSERVICE']._serialized_start=2086
+  _globals['_LINKSERVICE']._serialized_end=2412
 # @@protoc_insertion_point(module_scope)
