@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
@@ -52,12 +53,18 @@ class Receiver:
         payload: as described by the sender.
         limit: the most bytes allowed, encoded or decoded.
         spool_above: decoded bytes above this many are kept in a file that has no name.
+        folder: where that file is; None for the system's temporary folder, which is memory on some machines.
+
+    Attributes:
+        received: encoded bytes that came.
+        decoded: bytes that they decode to.
 
     Raises:
         DataError: the description itself is not acceptable.
+        OSError: the file cannot be made; ``add`` and ``finish`` raise it where there is no room for it.
     """
 
-    def __init__(self, payload: pb.Payload, limit: int, spool_above: int = SPOOL) -> None:
+    def __init__(self, payload: pb.Payload, limit: int, spool_above: int = SPOOL, folder: Path | None = None) -> None:
         if max(payload.size, payload.decoded_size) > limit:
             said = max(payload.size, payload.decoded_size)
             raise DataError("payload-too-large", f"a payload of {said} bytes; at most {limit} are taken")
@@ -68,11 +75,11 @@ class Receiver:
         self.payload = payload
         self.received = 0
         self._sha = hashlib.sha256()
-        self._decoded = 0
+        self.decoded = 0
         self._inflate = zstandard.ZstdDecompressor().decompressobj() if payload.encoding == pb.ENCODING_ZSTD else None
         self._file: BinaryIO | None = None
         if payload.decoded_size > spool_above:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (``close`` and ``finish`` close it)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (``close`` and ``finish`` close it)
         self._parts: list[bytes] = []
 
     def add(self, data: bytes) -> None:
@@ -96,8 +103,8 @@ class Receiver:
                 raise DataError("payload-damaged", f"a payload that zstd cannot decode: {error}") from None
 
     def _keep(self, data: bytes) -> None:
-        self._decoded += len(data)
-        if self._decoded > self.payload.decoded_size:
+        self.decoded += len(data)
+        if self.decoded > self.payload.decoded_size:
             raise DataError("payload-size", f"it decodes to more than the {self.payload.decoded_size} bytes announced")
         if self._file is not None:
             self._file.write(data)
@@ -111,10 +118,10 @@ class Receiver:
             DataError: bytes are missing, or are not those announced.
         """
         payload = self.payload
-        if self.received != payload.size or self._decoded != payload.decoded_size:
+        if self.received != payload.size or self.decoded != payload.decoded_size:
             raise DataError(
                 "payload-size",
-                f"{self.received} of {payload.size} bytes came, {self._decoded} of {payload.decoded_size} decoded",
+                f"{self.received} of {payload.size} bytes came, {self.decoded} of {payload.decoded_size} decoded",
             )
         if self._sha.hexdigest() != payload.digest:
             raise DataError("payload-damaged", "the bytes do not have the digest announced")
