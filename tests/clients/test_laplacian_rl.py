@@ -16,6 +16,7 @@ from trellis.data.base import Split
 from trellis.data.loading import load_data, load_federation
 from trellis.errors import DataError, ScenarioError
 from trellis_clients import contract
+from trellis_clients.trainer import Turn
 from trellis_clients.trainers.reinforcement.laplacian_rl import (
     compared,
     eigenvectors,
@@ -38,6 +39,10 @@ runtime: {grid: local}
 
 def data_of(text: str = TEXT, seed: int = 0):
     return load_data(scenario.from_mapping(scenario.safe_yaml.parse(text, "")), seed)
+
+
+def turn_of(number: int, client: int = 0) -> Turn:
+    return Turn(number, 10, client, 3, torch.Generator().manual_seed(number))
 
 
 def random(*shape, seed: int = 0) -> torch.Tensor:
@@ -85,6 +90,25 @@ def test_maps_that_cannot_be_are_said(change, code):
     with pytest.raises(DataError) as error:
         data_of(TEXT.replace("episodes: 60", change if "episodes" in change else f"episodes: 60, {change}"))
     assert error.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.batch_size=1", "must be 0 .the whole buffer. or at least 2"),
+        ("trainer.batch_size=-1", "batch_size"),
+        ("strategy=fedadam", "needs strategy 'fedavg', 'fedprox', 'partial', not 'fedadam'"),
+    ],
+)
+def test_what_does_not_go_together_is_said(change, message):
+    with pytest.raises(ScenarioError, match=message):
+        scenario.load(SCENARIO, ["variants={}", change])
+
+
+def test_two_pairs_a_step_are_enough():
+    trainer, model, _, turn = contract.bench(SCENARIO, ["variants={}", "trainer.batch_size=2"])
+    walks = Split.whole(x=torch.arange(21).repeat(5, 1))
+    assert all(bool(trainer.loss(model, batch, turn).isfinite()) for batch in trainer.batches(walks, turn))
 
 
 def test_more_coordinates_than_states_are_said():
@@ -200,20 +224,45 @@ def test_geometric_steps_end_with_the_episode():
 
 
 def test_the_buffer_takes_new_episodes_and_lets_old_ones_go():
-    trainer, _, _, turn = contract.bench(SCENARIO, ["variants={}", "trainer.collect=4", "trainer.capacity=10"])
+    trainer = contract.site_of(SCENARIO, ["variants={}", "trainer.collect=4", "trainer.capacity=10"]).trainer
     recordings, state = Split.whole(x=torch.arange(21)[None] + torch.arange(18)[:, None]), {}
     first = [trainer.record(recordings, state)[:, 0].tolist() for _ in range(6)]
     assert first[0] == [0, 1, 2, 3]
     assert first[2] == list(range(2, 12))
     assert first[5] == first[4] == list(range(8, 18))
     assert state["recorded"] == 18
-    assert turn.reply == {}
 
 
-def test_what_is_sent():
-    assert set(contract.site_of(SCENARIO).names) == {"body.weight", "moment"}
-    assert contract.site_of(SCENARIO, ["variants={}", "trainer.exchange=weights"]).names == ["body.weight"]
-    assert contract.site_of(SCENARIO, ["variants={}", "trainer.exchange=moments"]).names == ["moment"]
+@pytest.mark.parametrize(
+    ("exchange", "names"), [("both", {"body.weight", "moment"}), ("weights", {"body.weight"}), ("moments", {"moment"})]
+)
+def test_what_is_sent(exchange, names):
+    """The buffer stays in the client's state."""
+    site, state = contract.site_of(SCENARIO, ["variants={}", f"trainer.exchange={exchange}"]), {}
+    received = {name: torch.from_numpy(array.numpy().copy()) for name, array in site.initial().items()}
+    reply = site.train(replace(turn_of(1), received={"arrays": received}), state)
+    assert set(reply) == {"arrays", "metrics"}
+    assert set(reply["arrays"]) == names
+    assert "buffer" in state
+
+
+def test_a_client_that_sat_a_round_out_corrects_by_what_it_holds_now():
+    """What it sent earlier was at other weights, and is not in the mean of the round before."""
+    site, state = contract.site_of(SCENARIO, ["variants={}"]), {}
+    data, model, mean = site.federation.client(0), site.model, random(4, 4).float()
+    sent = {}
+    for number, before in ((1, 1), (2, 1), (4, 4), (5, 4)):
+        walks = site.trainer.record(data.train, dict(state))
+        with torch.no_grad():
+            model.moment.copy_(mean)
+            now = second_moment(model(walks[:, :-1].flatten()))
+        sent[number] = now
+        site.trainer.fit(model, data, state, turn_of(number))
+        torch.testing.assert_close(model.correction, mean - sent[before])
+        torch.testing.assert_close(model.moment, now)
+    assert (sent[4] - sent[2]).abs().max() > 1e-3
+
+
 
 
 def test_one_local_step_is_a_step_on_the_union(tmp_path):

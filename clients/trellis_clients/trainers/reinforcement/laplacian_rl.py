@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from trellis.data.base import Batch, ClientData, Split
@@ -19,11 +19,17 @@ from trellis.registry import register
 from trellis.scenario import Strict
 from trellis_clients.trainer import Metrics, State, Task, Trainer, Turn
 
-BUFFER, RECORDED, SENT, OPTIMIZER = "buffer", "recorded", "sent", "optimizer"
+BUFFER, RECORDED, SENT, SENT_IN, OPTIMIZER = "buffer", "recorded", "sent", "sent_in", "optimizer"
 """Keys of a client's state: its episodes ``(n, length + 1)``, how many it has ever recorded, the second moment of its
-own states as it last sent it, its momentum."""
+own states as it last sent it ``(d, d)``, the round in which it did, its momentum."""
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _pairs(size: int) -> int:
+    if size == 1:  # a step's penalty takes a sample's diagonal out, which leaves nothing of one pair
+        raise ValueError("must be 0 (the whole buffer) or at least 2")
+    return size
 
 
 class Drawing(nn.Module):
@@ -65,6 +71,8 @@ class Drawing(nn.Module):
     paper="arXiv 2107.05545",
     takes=("transitions",),
     sends="weights",
+    payload="weights, second moments",
+    strategies=("fedavg", "fedprox", "partial"),
 )
 class LaplacianRl(Trainer):
     """Wang et al., "Towards Better Laplacian Representation in Reinforcement Learning with Generalized Graph Drawing".
@@ -85,7 +93,8 @@ class LaplacianRl(Trainer):
     - ``both``: the weights, and d x d second moments with them. E[phi phi^T] of a client's own states is not that of
       the union, and to make each the identity is another problem than the one to solve. So a client's penalty is on
       its own moment plus a correction: the mean of all clients' (weighted by their buffers) less its own, both at the
-      weights of the round before. Where the rounds come to rest, that is the penalty of the union.
+      weights of the round before (one that sat it out takes its own at the weights it is sent now). Where the rounds
+      come to rest, that is the penalty of the union.
     - ``weights``: weights alone; each client's penalty is on its own states.
     - ``moments``: second moments in place of weights, which stay on the client. All start from the cloud's weights,
       without which signs would differ. It is here to be measured: no edge joins one client's graph to another's, so
@@ -94,12 +103,14 @@ class LaplacianRl(Trainer):
 
     What differs: the paper's settings are known from a reproduction alone (d = 10, Adam at 0.001, 200,000 steps); here
     SGD with momentum, which a federation averages exactly, and maps of some thirty states, solved in 800 steps. With
-    ``batch_size: 0`` a step sees the whole buffer; otherwise pairs are drawn, and the client's own penalty
-    (``weights``) leaves out the pairs of a state with itself, which would bias it.
+    ``batch_size: 0`` a step sees the whole buffer; otherwise pairs are drawn, and the square of the client's own moment
+    is estimated from pairs of different draws, as a draw paired with itself would bias it. The moments are means, so
+    that the strategies to pair this with are those that average.
 
-    Metrics compare with the eigenvectors of the graph of all training steps: ``similarity`` is the mean cosine, by
-    coordinates and without sign, ``similarity-rest`` leaves out the first (which is constant), and ``subspace`` is the
-    share of the right space that is missed.
+    Metrics compare with the eigenvectors of the graph of the data set's training steps, also those that clients hold
+    back for their own evaluation: ``similarity`` is the mean cosine, by coordinates and without sign,
+    ``similarity-rest`` leaves out the first (which is constant), and ``subspace`` is the share of the right space that
+    is missed.
     """
 
     metric = ("similarity", "max")
@@ -115,7 +126,9 @@ class LaplacianRl(Trainer):
         lr: Annotated[float, Field(gt=0)] = Field(0.4, description="for a table; 0.005 for a network")
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
         local_steps: Count = 4
-        batch_size: Annotated[int, Field(ge=0)] = Field(0, description="pairs a step; 0: the whole buffer")
+        batch_size: Annotated[int, Field(ge=0), AfterValidator(_pairs)] = Field(
+            0, description="pairs a step, at least 2; 0: the whole buffer"
+        )
         capacity: Count = Field(200, description="episodes in a client's replay buffer")
         collect: Count = Field(50, description="episodes that a turn adds to it")
 
@@ -181,9 +194,12 @@ class LaplacianRl(Trainer):
         with torch.no_grad():
             own = second_moment(model(buffer[:, :-1].flatten()))
             if self.config.exchange != "weights":
-                model.correction.copy_(model.moment - state.get(SENT, own))
+                # The mean is that of the round before. A client that sat it out has no part in it, and what it sent
+                # earlier was at other weights.
+                part = state[SENT] if state.get(SENT_IN) == turn.round - 1 else own
+                model.correction.copy_(model.moment - part)
             model.moment.copy_(own)
-        state[SENT] = own
+        state[SENT], state[SENT_IN] = own, turn.round
         optimizer = self.optimizer(model, turn)
         if OPTIMIZER in state:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[OPTIMIZER]})
