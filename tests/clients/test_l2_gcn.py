@@ -15,6 +15,7 @@ from test_bits import resumed
 from trellis import scenario
 from trellis.data.loading import load_data
 from trellis.errors import ScenarioError
+from trellis.runs import read_lines
 from trellis_clients import contract
 from trellis_clients.trainer import Turn
 from trellis_clients.trainers.graphs import _pieces
@@ -219,34 +220,82 @@ def test_what_the_controller_sees():
     assert sum(p.numel() for p in Controller(6, 20).heads.parameters()) == 20 * 18
 
 
-def test_reinforce_follows_the_hand_computed_gradient():
-    """One trial that stops at its only decision: the gradient is (cost - baseline) (softmax - one-hot)."""
-    site = site_of(
-        "trainer.controller=learned",
-        "trainer.decisions=1",
-        "trainer.layers=1",
-        "trainer.search_trials=1",
-        "trainer.baseline_decay=0.5",
-    )
+def settle(controller: Controller, *words: str) -> None:
+    """Make the controller continue, stop or draw (with stop probability 0.6) for certain at each of its decisions."""
+    logits = {"continue": (30.0, -30.0), "stop": (-30.0, 30.0), "draw": (0.0, 0.4055)}
+    with torch.no_grad():
+        for head, word in zip(controller.heads, words, strict=True):
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor(logits[word]))
+
+
+def trials(*overrides: str, words: tuple[str, ...] = ()):
+    """Return a controller, and a function that makes a trial of it on client 0's nodes."""
+    shared = ("trainer.controller=learned", "trainer.local_epochs=3", *overrides)
+    site = site_of(*shared, f"trainer.decisions={len(words)}")
     controller, data = site.model.controller, site.federation.client(0).train
-    with torch.no_grad():
-        controller.heads[0].bias.copy_(torch.tensor([-30.0, 30.0]))  # stops for certain
+    settle(controller, *words)
+
+    def trial(seed: int = 1):
+        torch.manual_seed(0)  # of the network's weights
+        return site.trainer.trial(controller, data, turn_of(seed))
+
+    return controller, trial
+
+
+def test_a_decision_follows_training():
+    """A layer that is to stop at once has its epochs all the same, and so has one that nobody is left to ask about."""
+    _, trial = trials(words=("stop", "stop", "continue"))
+    assert trial()[1:2] == ([1.0, 1.0],)
+    assert trial()[3] == 2 * 3
+    _, trial = trials(words=("continue", "continue", "continue"))
+    _, stops, _, epochs = trial()
+    assert len(stops) == 3
+    assert epochs == (3 + 1) * 3 + 3  # all decisions in the first layer, and one more time it is trained; then the last
+
+
+def test_the_loss_is_seen_against_the_first_of_all(monkeypatch):
+    seen = []
+    features = Controller.features
+    monkeypatch.setattr(Controller, "features", lambda self, *a: seen.append(a[:2]) or features(self, *a))
+    _, trial = trials(words=("continue", "stop", "stop"))
+    loss = trial()[2]
+    assert [layer for _, layer in seen] == [0, 0, 1]
+    changes = [change for change, _ in seen]
+    assert changes[1] < changes[0] < 0
+    site = site_of()
+    nodes = site.federation.client(0).train
+    x, y = (nodes.fields[name][nodes.rows] for name in ("x", "y"))
     torch.manual_seed(0)
-    log_probability, stops, loss, epochs = site.trainer.trial(controller, data, turn_of(1))
-    assert (len(stops), epochs) == (1, 0)
-    with torch.no_grad():
-        controller.heads[0].bias.copy_(torch.tensor([0.2, 0.5]))
-        controller.heads[0].weight.zero_()
-    grads = []
-    for action in (0, 1):
-        controller.zero_grad()
-        log_probabilities, _ = controller(0.0, 0, controller.fresh())
-        ((loss - 0.3) * log_probabilities[action]).backward()
-        grads.append(controller.heads[0].bias.grad.clone())
-        share = torch.tensor([0.2, 0.5]).softmax(0)
-        one_hot = torch.eye(2)[action]
-        torch.testing.assert_close(grads[-1], (loss - 0.3) * (one_hot - share))
-    assert float(log_probability.detach()) == pytest.approx(0, abs=1e-6)
+    untrained = LayeredGcn((64, 16, 16), 10)(_pieces.aggregate(site.trainer.matrix(nodes.rows), x), 0)
+    start = float(F.cross_entropy(untrained, y).detach())
+    assert changes[2] == pytest.approx(loss - start, abs=1e-6)  # and not against the second layer's own start
+
+
+def test_reinforce_follows_what_the_trial_did(monkeypatch):
+    """Three drawn decisions, replayed: log-probability of the actions taken, and softmax's gradient at each head."""
+    controller, trial = trials("trainer.layers=1", words=("draw", "draw", "draw"))
+    for head in controller.heads:
+        torch.nn.init.normal_(head.weight)  # so that what was remembered counts
+    seen, features = [], Controller.features
+    monkeypatch.setattr(Controller, "features", lambda self, *a: seen.append(a[0]) or features(self, *a))
+    for seed in range(100):
+        seen.clear()
+        total, stops, _, epochs = trial(seed)
+        if len(stops) == 3:
+            break
+    actions = [0, 0, int(epochs == 3 * 3)]  # had it gone on at last, it would have trained once more
+    total.backward()
+    found = [head.bias.grad.clone() for head in controller.heads]
+    monkeypatch.undo()
+
+    memory, expected = controller.fresh(), torch.zeros(())
+    for change, action, stop, gradient in zip(seen, actions, stops, found, strict=True):
+        log_probabilities, memory = controller(change, 0, memory)
+        expected, memory = expected + log_probabilities[action], took(memory, action)
+        assert float(log_probabilities[1].exp().detach()) == pytest.approx(stop, abs=1e-6)
+        torch.testing.assert_close(gradient, torch.eye(2)[action] - torch.tensor([1 - stop, stop]))
+    torch.testing.assert_close(total, expected)
 
 
 def test_search_moves_baseline_and_threshold():
@@ -258,7 +307,9 @@ def test_search_moves_baseline_and_threshold():
     assert 0 < float(site.model.baseline[1]) < 1
     assert float(site.model.baseline[0]) != pytest.approx(0.3)
     assert int(site.model.schedule.abs().sum()) == 0
-    assert metrics["stage"] == 0
+    assert metrics["stage"] == metrics["epochs"] == 0
+    assert metrics["products"] == 2 * 2
+    assert metrics["trial-epochs"] >= 2 * 2 * 5
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
@@ -276,7 +327,7 @@ def test_epochs_cost_what_the_time_ratio_says(monkeypatch, ratio):
 def test_a_controller_that_never_stops_is_the_fixed_schedule():
     overrides = {
         "fixed": ["trainer.layer_epochs=10"],
-        "learned": ["trainer.controller=learned", "trainer.max_epochs=10", "trainer.search_rounds=0"],
+        "learned": ["trainer.controller=learned", "trainer.min_epochs=0", "trainer.max_epochs=10", "trainer.search_rounds=0"],
     }
     ends = []
     for changes in overrides.values():
@@ -286,23 +337,62 @@ def test_a_controller_that_never_stops_is_the_fixed_schedule():
         for number in range(1, 6):
             metrics = site.trainer.fit(site.model, data, state, turn_of(number))
         ends.append((metrics, [w.detach().clone() for w in (*site.model.weights, site.model.classifier)]))
-    assert ends[0][0] == ends[1][0]
+    assert {**ends[0][0], "trial-epochs": 0} == ends[1][0]
     assert ends[0][0]["epochs"] == 20
     assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
 
 
-def test_an_eager_controller_stops_at_the_least_number_of_epochs():
-    site = site_of("trainer.controller=learned", "trainer.search_rounds=0", "trainer.min_epochs=5")
+@pytest.mark.parametrize(("least", "epochs"), [(0, 5), (5, 5), (6, 10)])
+def test_an_eager_controller_stops_at_the_least_number_of_epochs(least, epochs):
+    """Or after ``local_epochs``: no layer is passed over untrained."""
+    site = site_of("trainer.controller=learned", "trainer.search_rounds=0", f"trainer.min_epochs={least}")
     data, state = site.federation.client(0), {}
     site.model.baseline[1] = 0.0
-    stages = [site.trainer.fit(site.model, data, state, turn_of(number))["stage"] for number in range(1, 5)]
-    assert stages == [0, 1, 2, 2]
-    assert float(site.model.schedule[2]) == 10
+    stages = [site.trainer.fit(site.model, data, state, turn_of(number))["stage"] for number in range(1, 7)]
+    assert stages == ([0, 1, 2, 2, 2, 2] if epochs == 5 else [0, 0, 1, 1, 2, 2])
+    assert float(site.model.schedule[2]) == 2 * epochs
 
 
-def test_end_to_end_has_nothing_to_stop():
-    with pytest.raises(ScenarioError, match="one stage"):
-        site_of("trainer.controller=learned", "trainer.scheme=end-to-end")
+def test_later_layers_are_seen_against_the_first_epoch_of_all(monkeypatch):
+    site = site_of("trainer.controller=learned", "trainer.search_rounds=0", "trainer.min_epochs=5")
+    seen, features = [], Controller.features
+    monkeypatch.setattr(Controller, "features", lambda self, *a: seen.append(a[:2]) or features(self, *a))
+    data, state, ends = site.federation.client(0), {}, []
+    site.model.baseline[1] = 0.0
+    for number in range(1, 4):
+        site.trainer.fit(site.model, data, state, turn_of(number))
+        ends.append(site.model.schedule[3:5].tolist())
+    assert ends[0][0] == ends[1][0] > ends[0][1]
+    assert seen == [(pytest.approx(last - first), layer) for layer, (first, last) in enumerate(ends[:2])]
+
+
+def test_counters_survive_an_average_that_misses_them_by_a_bit():
+    """As a mean of equal float32 numbers under unequal weights may."""
+    site = site_of("trainer.layer_epochs=10")
+    data, state = site.federation.client(0), {}
+    for number in range(1, 4):
+        metrics = site.trainer.fit(site.model, data, state, turn_of(number))
+        with torch.no_grad():
+            site.model.schedule.copy_(torch.nextafter(site.model.schedule, torch.zeros(7)))
+        assert metrics["stage"] == site.model.stage == (number - 1) // 2
+    assert metrics["epochs"] == 15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer: {name: l2-gcn, scheme: end-to-end}", "set trainer.controller to fixed"),
+        ("trainer: {name: l2-gcn, momentum: 0.9}", "momentum must be 0"),
+        ("trainer: {name: l2-gcn, min_epochs: 50, max_epochs: 40}", "min_epochs is 50, more than max_epochs, 40"),
+        ("strategy: fedadam", "needs strategy 'fedavg', 'fedprox', 'partial', not 'fedadam'"),
+        ("strategy: {name: dp-server-fixed, noise_multiplier: 0.1, clipping_norm: 1.0}", "not 'dp-server-fixed'"),
+    ],
+)
+def test_what_does_not_go_together_is_said(tmp_path, change, message):
+    key = change.partition(":")[0]
+    text = "\n".join([*(line for line in TEXT.splitlines() if not line.startswith(f"{key}:")), change])
+    with pytest.raises(ScenarioError, match=message):
+        run(tmp_path, (), text)
 
 
 # -- the federation ---------------------------------------------------------------------------------------------------
@@ -329,5 +419,47 @@ def test_a_run_resumes_to_the_same_bits(tmp_path, text):
     assert resumed(tmp_path, text) == sha(tmp_path, text=text)
 
 
-def test_finished_layers_are_sent_once(tmp_path):
-    assert sha(tmp_path, text=TEXT + "strategy: partial\n") == sha(tmp_path, text=TEXT)
+@pytest.mark.parametrize("text", [TEXT, LEARNED], ids=["fixed", "learned"])
+def test_features_are_made_once_a_layer_though_the_run_was_broken_off(tmp_path, text):
+    """They are in the client's state: lost, they would be made anew from the same weights, to the same bits."""
+    text = text.replace("layer_epochs: 2", "layer_epochs: 4").replace("min_epochs: 1", "min_epochs: 4")
+    text = text.replace("search_rounds: 2", "search_rounds: 0")
+    resumed(tmp_path, text)
+    (folder,) = (tmp_path / "runs" / "l2gcn").iterdir()
+    products = [line["train"]["products"] for line in read_lines(folder / "cells/main-seed0/metrics.jsonl")[1:]]
+    assert products == [1, 0, 0, 0]
+
+
+def test_a_client_that_sits_out_where_layers_begin_catches_up():
+    """Its features are those that it would have, had it been there: of the weights that the layers ended with."""
+    site = site_of("trainer.layer_epochs=5", "trainer.layers=3")
+    start = {name: values.clone() for name, values in site.model.state_dict().items()}
+    there, away, kept = site.federation.client(0), site.federation.client(1), {}
+    site.trainer.fit(site.model, away, kept, turn_of(1, 1))  # its weights are averaged away
+    site.model.load_state_dict(start)
+    for number in (1, 2):
+        site.trainer.fit(site.model, there, {}, turn_of(number))
+    assert kept["stage"] == 0
+    assert site.trainer.fit(site.model, away, kept, turn_of(3, 1))["products"] == 2
+    assert kept["stage"] == 2
+    afresh, products = site.trainer.features(site.model, away.train, {})
+    assert products == 3
+    assert torch.equal(kept["features"], afresh)
+
+
+@pytest.mark.parametrize("cohort", [4, 2])
+def test_finished_layers_are_sent_once(tmp_path, cohort):
+    cut = (f"rounds.clients_per_round={cohort}",)
+    assert sha(tmp_path, cut, TEXT + "strategy: partial\n") == sha(tmp_path, cut, TEXT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["trainer.controller=learned", "trainer.search_rounds=0", "trainer.min_epochs=5"],
+        ["trainer.scheme=end-to-end"],
+    ],
+    ids=["learned", "end-to-end"],
+)
+def test_contract(change):
+    contract.check(SCENARIO, ["variants={}", *change])

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trellis.data.base import Batch, ClientData, Split
-from trellis.errors import ScenarioError
 from trellis.registry import register
-from trellis_clients.trainer import Metrics, State, Task, Trainer, TrainerConfig, Turn
+from trellis_clients.trainer import Metrics, State, Trainer, TrainerConfig, Turn
 from trellis_clients.trainers.graphs import _pieces
 from trellis_clients.trainers.graphs._controller import WIDTH, Controller, Memory, took
 
+WHOLE = [0, 1, 2, 5, 6]
+"""Entries of the schedule that count something; the others are losses."""
 FEATURES, STAGE = "features", "stage"
 """Keys of a client's state: its nodes' aggregated features of a layer, ``(n, D)``, and which layer."""
 
@@ -29,8 +30,8 @@ class LayeredGcn(nn.Module):
     Attributes:
         weights: ``(D, hidden)`` of each layer.
         classifier: ``(hidden, classes)``, carried from layer to layer.
-        schedule: layer in training (their number once all are done), epochs spent on it and on all, loss in its first
-            epoch and in its last, decisions made, the last action. Numbers that all clients compute alike.
+        schedule: layer in training (their number once all are done), epochs spent on it and on all, loss in the very
+            first epoch and in the last, decisions made, the last action. Numbers that all clients compute alike.
         memory: hidden and cell state of the controller, ``(2, 8)``.
         baseline: mean cost of the controller's trials, and the stop threshold that they left behind.
     """
@@ -52,7 +53,7 @@ class LayeredGcn(nn.Module):
 
     @property
     def stage(self) -> int:
-        return int(self.schedule[0])
+        return round(float(self.schedule[0]))
 
     def layer(self, h: Tensor, number: int) -> Tensor:
         """Return a layer's output of features that are aggregated already."""
@@ -71,6 +72,8 @@ class LayeredGcn(nn.Module):
     paper="arXiv 2003.13606",
     takes=("graph",),
     sends="weights",
+    payload="weights, the schedule, a learned controller",
+    strategies=("fedavg", "fedprox", "partial"),
 )
 class L2Gcn(Trainer):
     """You et al., "L2-GCN: Layer-Wise and Learned Efficient Training of Graph Convolutional Networks", CVPR 2020.
@@ -84,20 +87,29 @@ class L2Gcn(Trainer):
     train it by REINFORCE on sampled subgraphs of their own: actions are drawn, a trial costs its last loss plus
     ``time_ratio`` times its epochs, and the weights are averaged like any others. Afterwards it decides: a layer stops
     where the stop probability reaches the mean one of the last search trials, within ``min_epochs`` and ``max_epochs``.
+    A decision follows ``local_epochs`` epochs of the layer, so each is trained; the controller sees how far the loss
+    has come since the first layer began.
 
     In a federation a round is ``local_epochs`` epochs of one layer, the same for all, as features computed with a
     client's own W would not fit the averaged one. How far training has come is part of the model (``schedule``): every
-    client works out the next step from the same averaged numbers, the loss of all among them, and comes to the same.
+    client works out the next step from the same averaged numbers, the loss of all among them, and comes to the same;
+    hence strategies that do more than average are refused.
     X^l is private: made anew from the averaged W when a layer begins, kept in the client's state, never sent. Edges
     between clients are lost. Under ``controller: fixed`` finished layers are ``frozen``, so that the strategy
     ``partial`` sends them once. When all layers are done clients send back what they got (set
     ``screening.allow_unchanged``). A client evaluates on its whole subgraph, the cloud on the held-out nodes' own.
 
-    What differs: one Adam a turn, of the layer in training alone (the released code's one Adam moves finished layers
-    on); all trials draw their actions (the released warm-up's predefined patterns keep the drawn actions' gradients);
-    the loss that the controller sees is the mean over an epoch and over clients. Of metrics, ``products`` counts a
-    client's sparse products in the turn (forward; end-to-end training has as many again, less one, going back), and
-    ``epochs`` all epochs so far.
+    What differs from the released code: one Adam a turn, of the layer in training alone (its one Adam moves finished
+    layers on), and of the controller likewise; all trials draw their actions (its warm-up's predefined patterns keep
+    the drawn actions' gradients); the first decision follows ``local_epochs`` epochs (one there); the advantage is
+    taken over the mean cost of the trials before (with the trial itself there); the network's loss is the mean over an
+    epoch and over clients, and so is what it is compared with, the first epoch's (a last mini-batch's there; in a
+    trial, both have the loss before the first step); the action fed back is the one taken (the one drawn there, outside
+    the warm-up). C carried on is its variant for citation graphs, Xavier's initialisation its variant for PPI.
+
+    Of metrics, ``products`` counts a client's sparse products in the turn (forward; end-to-end training has as many
+    again, less one, going back), ``epochs`` the network's epochs so far, and ``trial-epochs``, under a learned
+    controller, those of the turn's trials, which train networks of their own.
     """
 
     class Config(TrainerConfig):
@@ -116,18 +128,21 @@ class L2Gcn(Trainer):
         search_trials: Count = Field(5, description="trials a turn")
         search_nodes: Count = Field(128, description="nodes of a trial")
         search_lr: Annotated[float, Field(gt=0)] = 0.05
-        decisions: Count = Field(20, description="most decisions over all layers in a trial; then every layer stops")
+        decisions: Count = Field(
+            20, description="most decisions over all layers in a trial; then a layer stops after local_epochs"
+        )
         time_ratio: Annotated[float, Field(ge=0)] = Field(1e-4, description="what an epoch costs")
         baseline_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
-    config: Config
+        def model_post_init(self, _: object) -> None:
+            if self.momentum:
+                raise ValueError("l2-gcn trains with Adam, which takes no momentum: momentum must be 0")
+            if self.controller == "learned" and self.scheme == "end-to-end":
+                raise ValueError("scheme end-to-end has no layers to stop: set trainer.controller to fixed")
+            if self.min_epochs > self.max_epochs:
+                raise ValueError(f"min_epochs is {self.min_epochs}, more than max_epochs, {self.max_epochs}")
 
-    def __init__(self, config: Config, task: Task) -> None:
-        super().__init__(config, task)
-        if config.controller == "learned" and config.scheme == "end-to-end":
-            raise ScenarioError(
-                "l2gcn-controller", "trainer.controller 'learned' stops layers; end-to-end has one stage"
-            )
+    config: Config
 
     # -- phases ---------------------------------------------------------------------------------------
 
@@ -145,13 +160,14 @@ class L2Gcn(Trainer):
     @torch.no_grad()
     def advance(self, model: LayeredGcn) -> None:
         """Decide whether the layer in training is done, from what all clients know."""
+        model.schedule[WHOLE] = model.schedule[WHOLE].round()  # their average may miss them by a last bit
         stage, epochs = model.stage, int(model.schedule[1])
-        if stage == self.config.layers or self.config.scheme == "end-to-end":
+        if stage == self.config.layers or not epochs or self.config.scheme == "end-to-end":
             return
         stop = self._decides(model, stage, epochs) if self.learned else epochs >= self.config.layer_epochs
         if stop:
             model.schedule[0] += 1
-            model.schedule[[1, 3, 4]] = 0.0
+            model.schedule[1] = 0.0
 
     def _decides(self, model: LayeredGcn, stage: int, epochs: int) -> bool:
         assert model.controller is not None
@@ -226,11 +242,12 @@ class L2Gcn(Trainer):
             losses = self._layer(model, Split.whole(h=h, y=y).to(y.device), turn)
         if model.stage < self.config.layers:
             with torch.no_grad():
-                if not model.schedule[1]:
+                if not model.schedule[2]:
                     model.schedule[3] = losses[0]
                 model.schedule[4] = losses[-1]
                 model.schedule[1:3] += self.config.local_epochs
-        return {"loss": losses[-1], "products": products, "stage": model.stage, "epochs": float(model.schedule[2])}
+        metrics = {"loss": losses[-1], "products": products, "stage": model.stage, "epochs": float(model.schedule[2])}
+        return {**metrics, "trial-epochs": 0} if self.learned else metrics
 
     def _layer(self, model: LayeredGcn, rows: Split, turn: Turn) -> list[float]:
         """Train the layer on a client's rows; return the mean loss of each epoch. A finished network stays as it is."""
@@ -305,16 +322,19 @@ class L2Gcn(Trainer):
                 model.baseline[1] = sum(stops) / len(stops)
             costs.append(cost)
             spent.append(epochs)
-        products = float(c.layers * c.search_trials * c.neighbours)
         return {
             "loss": sum(costs) / len(costs),
-            "products": products,
+            "products": float(c.layers * c.search_trials * c.neighbours),
             "stage": 0,
-            "epochs": sum(spent) / len(spent),
+            "epochs": 0,
+            "trial-epochs": sum(spent),
         }
 
     def trial(self, controller: Controller, nodes: Split, turn: Turn) -> tuple[Tensor, list[float], float, int]:
         """Train a fresh network layer by layer on the subgraph of some nodes, stopping as the controller draws.
+
+        The controller is asked after every ``local_epochs`` steps of a layer, so that each is trained. It is told how
+        far the loss has come from what it was before the first step of all.
 
         Returns:
             The log-probability of the actions that were drawn, the stop probability at each decision, the last loss,
@@ -323,24 +343,26 @@ class L2Gcn(Trainer):
         c, matrix = self.config, self.matrix(nodes.rows)
         net = LayeredGcn((*self.task.shape, *[c.hidden] * c.layers), self.task.num_classes).to(self.task.device)
         x, y = nodes.fields["x"][nodes.rows], nodes.fields["y"][nodes.rows]
-        total, stops, memory, spent, value = torch.zeros((), device=y.device), [], controller.fresh(), 0, 0.0
+        total, stops, memory = torch.zeros((), device=y.device), [], controller.fresh()
+        spent, start, value = 0, 0.0, 0.0
         for number in range(c.layers):
             h = x if matrix is None else _pieces.aggregate(matrix, x)
             optimizer = torch.optim.Adam([net.weights[number], net.classifier], lr=c.lr)
-            start = value = float(F.cross_entropy(net(h, number), y).detach())
-            while memory.decisions < c.decisions:
-                log_probabilities, memory = controller(value - start, number, memory)
-                stop = float(log_probabilities[1].exp().detach())
-                action = int(float(torch.rand((), generator=turn.generator)) < stop)
-                total, memory = total + log_probabilities[action], took(memory, action)
-                stops.append(stop)
-                if action:
-                    break
+            action = 0
+            while not action:
                 for _ in range(c.local_epochs):
                     optimizer.zero_grad(set_to_none=True)
                     loss = F.cross_entropy(net(h, number), y)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
-                value, spent = float(loss.detach()), spent + c.local_epochs
+                    value, spent = float(loss.detach()), spent + 1
+                    start = value if spent == 1 else start
+                if memory.decisions == c.decisions:
+                    break
+                log_probabilities, memory = controller(value - start, number, memory)
+                stop = float(log_probabilities[1].exp().detach())
+                action = int(float(torch.rand((), generator=turn.generator)) < stop)
+                total, memory = total + log_probabilities[action], took(memory, action)
+                stops.append(stop)
             x = net.layer(h, number).detach()
         return total, stops, value, spent
