@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,21 +31,26 @@ class Decisions(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a searchable layer stands: its widths, stride, and whether it may be skipped."""
+    """Where a searchable layer stands: its widths, its stride, and ``(height, width)`` of what it is given."""
 
     inputs: int
     outputs: int
     stride: int
-    side: int
+    size: tuple[int, int]
 
     @property
     def skippable(self) -> bool:
         return self.stride == 1 and self.inputs == self.outputs
 
+    @property
+    def size_after(self) -> tuple[int, int]:
+        height, width = self.size
+        return math.ceil(height / self.stride), math.ceil(width / self.stride)
+
     def macs(self, kernel: int, expansion: int) -> float:
-        """Return thousands of multiply-accumulates of one operation on an image of ``side`` pixels."""
-        middle, after = expansion * self.inputs, (-(-self.side // self.stride)) ** 2
-        expand, project = self.side**2 * self.inputs * middle, after * middle * self.outputs
+        """Return thousands of multiply-accumulates of one operation on an image of ``size``; norms are not counted."""
+        middle, before, after = expansion * self.inputs, math.prod(self.size), math.prod(self.size_after)
+        expand, project = before * self.inputs * middle, after * middle * self.outputs
         return (expand + after * middle * kernel**2 + project) / 1000
 
 
