@@ -132,6 +132,8 @@ class Loop:
         try:
             if snapshot is None:
                 self.folder.keep_until(-1)
+                if self.clients:
+                    self.clients.recall({})
             else:
                 self._restore(snapshot)
             start_from = self.strategy.attach(self.evaluate) if hasattr(self.strategy, "attach") else None
@@ -331,6 +333,7 @@ class Loop:
             values={
                 "strategy": values,
                 "gate": self.screened.state() if self.screened else None,
+                "grid": self.clients.remembered() if self.clients else None,
                 "line": line,
             },
             clients=dict(states),
@@ -348,6 +351,7 @@ class Loop:
         if self.clients:
             self.clients.states = dict(snapshot.clients)
             self.clients.changed = set()
+            self.clients.recall(snapshot.values.get("grid"))
         self.folder.keep_until(snapshot.round)
         written = read_lines(self.folder.path / "metrics.jsonl")
         if not written or written[-1]["round"] < snapshot.round:

@@ -14,7 +14,7 @@ from trellis.deploy.joining import Where
 from trellis.deploy.serving import link_settings
 from trellis.errors import TrellisError
 from trellis.wire import certificates
-from trellis.wire.nodes import AllowList, Credentials, RefusedError, fingerprint
+from trellis.wire.nodes import AllowList, Credentials, RefusedError, digest, fingerprint
 
 
 def test_a_token_lets_its_node_in_and_the_file_does_not_hold_it(tmp_path):
@@ -23,7 +23,7 @@ def test_a_token_lets_its_node_in_and_the_file_does_not_hold_it(tmp_path):
     other = allowing.admit(path, "b")
     assert token not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    name, entry = AllowList(path).identify(Credentials(token))
+    name, entry, _ = AllowList(path).identify(Credentials(token))
     assert (name, entry.client) == ("a", 3)
     assert AllowList(path).identify(Credentials(other))[0] == "b"
 
@@ -42,9 +42,11 @@ def test_a_revoked_or_expired_node_is_shut_out_without_a_restart(tmp_path):
     path = tmp_path / "nodes.yaml"
     token, late = allowing.admit(path, "a"), allowing.admit(path, "b", expires="2026-01-31")
     allow = AllowList(path)
-    assert allow.still("a")
+    credential = allow.identify(Credentials(token))[2]
+    assert not allow.objection("a", credential, 0)
     allowing.revoke(path, "a")
-    assert not allow.still("a")
+    allow.refresh()
+    assert "revoked" in allow.objection("a", credential, 0)
     with pytest.raises(RefusedError, match="revoked"):
         allow.identify(Credentials(token))
     assert allow.identify(Credentials(late), datetime(2026, 1, 31, 23, tzinfo=UTC))[0] == "b"
@@ -52,12 +54,54 @@ def test_a_revoked_or_expired_node_is_shut_out_without_a_restart(tmp_path):
         allow.identify(Credentials(late), datetime(2026, 2, 1, tzinfo=UTC))
 
 
-def test_a_file_that_is_damaged_while_it_is_written_shuts_nobody_out(tmp_path):
+@pytest.mark.battery("B6")
+def test_what_changed_of_a_node_that_is_inside_is_noticed(tmp_path):
+    """A token that was replaced, because it leaked, and another client's number end the sessions that they opened."""
     path = tmp_path / "nodes.yaml"
     token = allowing.admit(path, "a")
     allow = AllowList(path)
-    path.write_text("nodes: [")
-    assert allow.identify(Credentials(token))[0] == "a"
+    credential = allow.identify(Credentials(token))[2]
+    assert not allow.objection("a", credential, 2)
+    allowing.admit(path, "a")
+    allow.refresh()
+    assert "replaced" in allow.objection("a", credential, 2)
+    fresh = allowing.admit(path, "a", client=1)
+    credential = allow.identify(Credentials(fresh))[2]
+    assert "client 1" in allow.objection("a", credential, 2)
+    assert not allow.objection("a", credential, 1)
+    assert allow.reserved("b") == {1}
+    assert allow.reserved("a") == set()
+
+
+@pytest.mark.battery("B6")
+def test_an_entry_with_a_token_and_a_certificate_wants_both(tmp_path):
+    certificates.write(tmp_path, ["x"], ["a", "b"])
+    mine, others = ((tmp_path / f"{name}.pem").read_bytes() for name in ("a", "b"))
+    path = tmp_path / "nodes.yaml"
+    path.write_text(f"nodes: {{a: {{token: '{digest(b'secret')}', certificate: '{fingerprint(mine)}'}}}}")
+    allow = AllowList(path)
+    assert allow.identify(Credentials("secret", mine))[0] == "a"
+    for shown in (Credentials("secret"), Credentials(None, mine), Credentials("secret", others)):
+        with pytest.raises(RefusedError):
+            allow.identify(shown)
+
+
+@pytest.mark.battery("B6")
+@pytest.mark.parametrize("damage", [b"nodes: [", b"\xff\xfe", b"nodes: {a: {client: x}}"])
+def test_a_damaged_file_shuts_nobody_out_and_is_told_of_once(tmp_path, caplog, damage):
+    """What it said before holds; whoever tries to revoke a node in it is told, and a mended one counts again."""
+    path = tmp_path / "nodes.yaml"
+    token = allowing.admit(path, "a")
+    good = path.read_bytes()
+    allow = AllowList(path)
+    path.write_bytes(damage)
+    for _ in range(3):
+        assert allow.identify(Credentials(token))[0] == "a"
+    assert [record.message for record in caplog.records] == ["allow-list not read; what it said before holds"]
+    path.write_bytes(good)
+    allowing.revoke(path, "a")
+    with pytest.raises(RefusedError, match="revoked"):
+        allow.identify(Credentials(token))
 
 
 @pytest.mark.parametrize(

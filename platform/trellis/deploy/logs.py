@@ -24,6 +24,15 @@ FIELDS = (
     "pause",
     "peer",
     "software",
+    "port",
+    "there",
+    "needed",
+    "cohort",
+    "replies",
+    "failed",
+    "bytes_down",
+    "bytes_up",
+    "figures",
 )
 
 
@@ -52,6 +61,7 @@ class Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         about = " ".join(f"{name}={getattr(record, name)}" for name in FIELDS if hasattr(record, name))
+        about = "".join(c if c.isprintable() else "?" for c in about)  # a node's own words could pretend to be a line
         text = f"{datetime.fromtimestamp(record.created).strftime('%H:%M:%S')} {record.getMessage()} {about}".rstrip()
         return text + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
@@ -64,3 +74,5 @@ def configure(as_json: bool, role: str, level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("trellis").setLevel(level)
+    if not as_json:
+        logging.getLogger("trellis.link.tasks").setLevel(logging.WARNING)  # a line a task: for machines

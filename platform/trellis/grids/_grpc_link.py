@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from trellis.errors import DataError, GridError
-from trellis.grids._grpc_tasks import Answer, Node, Open, Payloads, Recent, references
+from trellis.grids._grpc_seats import Seats
+from trellis.grids._grpc_tasks import Answer, Answered, Node, Open, Payloads, references
+from trellis.grids._grpc_uploads import FIRST_S, STALLED_S, Room, TooSlowError
 from trellis.wire import methods
 from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.nodes import NAME, AllowList, Credentials, RefusedError, bearer
 from trellis.wire.payload import CHUNK, Receiver, chunks
 
 log = logging.getLogger("trellis.link")
+tasks_log = logging.getLogger("trellis.link.tasks")
 
 FAILED_CLIENT, FAILED_WORKER = 2, 8
 """Codes of a failure, as in ``trellis.flower``, which this file could do without."""
+
+
+FETCHES = 4
+"""Payloads that one node may be sent at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +52,31 @@ class Settings:
         leave_after_s: a node that is gone for this long fails its open tasks.
         give_up_after_s: with no node connected for this long, waiting ends with an error.
         max_payload_bytes: no payload may be larger, encoded or decoded.
-        uploads_bytes: answers that may be under way or wait to be read, together; one always may.
+        uploads_bytes: answers that may be under way or wait to be read, together; one may go beyond.
         keep_answers: how many answers a node keeps in case the server loses them.
+        folder: where large answers wait, and where it is kept who is which client; None for the system's temporary
+            folder, and nowhere.
+
+    Raises:
+        GridError: a time or size is not above zero.
     """
 
     address: str = "127.0.0.1:0"
     credentials: grpc.ServerCredentials | None = None
     allow: AllowList | None = None
     beat_s: float = 10.0
-    leave_after_s: float = 30.0
+    leave_after_s: float = 90.0
     give_up_after_s: float = 300.0
     max_payload_bytes: int = 2_000_000_000
     uploads_bytes: int = 1_000_000_000
     keep_answers: int = 8
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("beat_s", "leave_after_s", "give_up_after_s", "max_payload_bytes", "uploads_bytes"):
+            if not getattr(self, name) > 0:
+                option = name.removesuffix("_s").removesuffix("_bytes").replace("_", "-")
+                raise GridError("link-settings", f"{option} is {getattr(self, name)}; it has to be above 0")
 
 
 class Link:
@@ -89,10 +109,12 @@ class Link:
         self.changed = threading.Condition()
         self.none_since: float | None = time.monotonic()
         self.port = 0
+        self.answered = Answered()
+        self.seats = Seats(num_clients, settings.folder / "seats.json" if settings.folder else None)
+        self.room: Room
         self._sessions: dict[str, Node] = {}
-        self._answered: defaultdict[int, Recent] = defaultdict(Recent)
-        self._room: asyncio.Condition
-        self._uploads = 0
+        self._started = time.monotonic()
+        self._asked: asyncio.Event
         self._closing: pb.Goodbye | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trellis-link", daemon=True)
@@ -132,7 +154,7 @@ class Link:
     # -- on the link's thread ---------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        self._room = asyncio.Condition()
+        self.room, self._asked = Room(self.settings.uploads_bytes), asyncio.Event()
         self._server = grpc.aio.server(options=methods.SERVER_OPTIONS)
         calls = {"Join": self.join, "Work": self.work, "Fetch": self.fetch, "Submit": self.submit, "Leave": self.leave}
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -172,30 +194,53 @@ class Link:
             if node is None:
                 self._finish(each, Answer(code=FAILED_WORKER, reason="no node is this client"))
                 continue
+            after = self.answered.after(each.client, each.task.cell)
+            if after is not None and not node.tasks:  # of two questions at once the second starts where the first ends
+                each.task.after = after
             node.tasks[each.task.id] = each
             node.wake.set()
+        if not self._asked.is_set():
+            self._asked.set()
+            for node in self.nodes.values():
+                node.wake.set()
 
-    def close_task(self, client: int, name: str, answer: Answer) -> None:
-        """End a task without its node: too late, or the caller wants no more. The node is told."""
+    def close_task(self, client: int, name: str, answer: Answer) -> bool:
+        """End a task without its node: too late, or the caller wants no more. The node is told.
+
+        Returns:
+            Whether it was open. One that was not has had its answer, or is nobody's.
+        """
         node = self.nodes.get(client)
-        each = node.tasks.pop(name, None) if node else None
-        if node is not None and each is not None:
-            node.cancelled.append(name)
-            node.wake.set()
-            self._finish(each, answer)
+        if node is None or name not in node.tasks:
+            return False
+        self._cancel(node, name, answer)
+        return True
+
+    def _cancel(self, node: Node, name: str, answer: Answer) -> None:
+        each = node.tasks.pop(name)
+        node.cancelled.append(name)
+        node.wake.set()
+        self._finish(each, answer)
 
     def _finish(self, each: Open, answer: Answer) -> None:
+        each.stop_upload()
         for digest in references(each.task):
             self.payloads.drop(digest)
         each.close(answer)
 
     def _present(self) -> list[int]:
-        now = time.monotonic()
-        return sorted(
-            client
-            for client, node in self.nodes.items()
-            if node.gone_since is None or now - node.gone_since < self.settings.leave_after_s
-        )
+        return sorted(n.client for n in self.nodes.values() if not n.absent_for(self.settings.leave_after_s))
+
+    def figures(self) -> dict[str, int]:
+        """Return what a person wants to see of the link, from any thread; near enough, as nothing is locked for it."""
+        nodes = list(self.nodes.values())
+        return {
+            "clients": self.num_clients,
+            "connected": sum(node.connected for node in nodes),
+            "tasks": sum(len(node.tasks) for node in nodes),
+            "answer_bytes": self.room.used,
+            "payload_bytes": self.payloads.num_bytes,
+        }
 
     def _note_change(self) -> None:
         connected = any(node.connected for node in self.nodes.values())
@@ -208,22 +253,30 @@ class Link:
         pause = min(0.5, self.settings.leave_after_s / 4)
         while True:
             await asyncio.sleep(pause)
-            now = time.monotonic()
-            for node in list(self.nodes.values()):
-                if node.gone_since is not None and now - node.gone_since >= self.settings.leave_after_s:
-                    self._fail_tasks(node, f"its node has been gone for {self.settings.leave_after_s:g} s")
-                if self.settings.allow is not None and not self.settings.allow.still(node.name):
-                    self._shut_out(node, "its credentials were revoked or have expired")
+            try:
+                if self.settings.allow is not None:
+                    await asyncio.to_thread(self.settings.allow.refresh)
+                for node in list(self.nodes.values()):
+                    self._look_after(node)
+            except Exception:
+                log.exception("watching the nodes failed; it is tried again")
+
+    def _look_after(self, node: Node) -> None:
+        if node.tasks and node.absent_for(self.settings.leave_after_s):
+            self._fail_tasks(node, f"its node has been gone for {self.settings.leave_after_s:g} s")
+        allow = self.settings.allow
+        if allow is not None and (reason := allow.objection(node.name, node.credential, node.client)):
+            self._shut_out(node, reason)
 
     def _fail_tasks(self, node: Node, reason: str) -> None:
-        for name, each in list(node.tasks.items()):
-            del node.tasks[name]
-            self._finish(each, Answer(code=FAILED_WORKER, reason=reason))
+        for name in list(node.tasks):
+            self._cancel(node, name, Answer(code=FAILED_WORKER, reason=reason))
 
     def _shut_out(self, node: Node, reason: str) -> None:
         log.warning("node shut out", extra={"node": node.name, "client": node.client, "reason": reason})
         self._sessions.pop(node.session, None)
-        self.nodes.pop(node.client, None)
+        if self.nodes.get(node.client) is node:
+            del self.nodes[node.client]
         self._fail_tasks(node, reason)
         node.stream += 1
         node.wake.set()
@@ -233,25 +286,31 @@ class Link:
     # -- the calls --------------------------------------------------------------------------------------
 
     async def join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
-        name, client = await self._identify(request, context)
+        name, credential, given = await self._identify(request, context)
         if request.protocol != methods.PROTOCOL:
             said = f"protocol {request.protocol}; this server speaks {methods.PROTOCOL}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
         before = next((node for node in self.nodes.values() if node.name == name), None)
         if before and before.connected and before.instance != request.instance:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"node {name!r} is connected from somewhere else")
-        client = await self._place(request, context, name, before, client)
-        node = Node(name, request.instance, client, secrets.token_hex(16), request.kind)
+        client = await self._place(request, context, name, before, given)
+        node = Node(name, request.instance, client, secrets.token_hex(16), request.kind, credential)
         if before is not None:
             self._sessions.pop(before.session, None)
             before.stream += 1
             before.wake.set()
             self.nodes.pop(before.client, None)
-            node.tasks = before.tasks if before.client == client else {}
+            if before.client == client:
+                node.tasks = before.tasks
+            else:
+                self._fail_tasks(before, f"its node is client {client} from now on")
         self.nodes[client] = node
         self._sessions[node.session] = node
-        log.info("node joined", extra={"node": name, "client": client, "software": dict(request.software)})
+        self.seats.give(request.instance, client)
+        software = {key[:40]: value[:40] for key, value in list(request.software.items())[:10]}
+        log.info("node joined", extra={"run": self.run, "node": name, "client": client, "software": software})
         self.counted("join", {"node": name})
+        self._note_change()
         s = self.settings
         return pb.JoinResponse(
             session=node.session,
@@ -264,39 +323,42 @@ class Link:
             keep_answers=s.keep_answers,
         )
 
-    async def _identify(self, request: pb.JoinRequest, context: Any) -> tuple[str, int | None]:
-        """Return the caller's name and the client that the allow-list makes it, or end the call."""
-        import re
-
+    async def _identify(self, request: pb.JoinRequest, context: Any) -> tuple[str, str | None, int | None]:
+        """Return the caller's name, the digest of what it showed, and its client by the allow-list; or end the call."""
         if self.settings.allow is None:
             if not re.match(NAME, request.node):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a node's name is like {NAME}")
-            return request.node, None
+            return request.node, None, None
         try:
-            name, entry = self.settings.allow.identify(shown(context))
+            name, entry, credential = self.settings.allow.identify(shown(context))
         except RefusedError as error:
-            log.warning("node refused", extra={"peer": context.peer(), "reason": str(error)})
-            self.counted("refused", {"reason": "credentials"})
+            log.warning("node refused", extra={"run": self.run, "peer": context.peer(), "reason": str(error)})
+            self.counted("refused", {"node": "", "reason": "credentials"})
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             raise AssertionError from None
         if request.node not in ("", name):
             said = f"these credentials are of node {name!r}, not {request.node!r}"
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, said)
-        return name, entry.client
+        return name, credential, entry.client
 
     async def _place(
         self, request: pb.JoinRequest, context: Any, name: str, before: Node | None, given: int | None
     ) -> int:
         """Return which client the node is: as the allow-list says, else as it asks, else as before, else a free one."""
         asked = request.client if request.HasField("client") else None
+        others = self.settings.allow.reserved(name) if self.settings.allow else set()
         if given is not None and asked not in (None, given):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"node {name!r} is client {given}, not {asked}")
+        if asked in others:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"client {asked} is another node's")
         client = given if given is not None else asked
-        if client is None and before is not None:
-            return before.client
-        taken = {number for number, node in self.nodes.items() if node is not before}
         if client is None:
-            client = next((number for number in range(self.num_clients) if number not in taken), None)
+            client = before.client if before is not None and before.client not in others else None
+        sitting = {node.client: node for node in self.nodes.values() if node is not before}
+        if client is None:
+            away = [n.client for n in sitting.values() if n.absent_for(self.settings.leave_after_s)]
+            early = time.monotonic() - self._started < self.settings.leave_after_s
+            client = self.seats.free(request.instance, sitting.keys() | others, set(away) - others, strict=early)
             if client is None:
                 said = f"all {self.num_clients} clients have their node"
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
@@ -304,11 +366,11 @@ class Link:
         if client >= self.num_clients:
             said = f"client {client} of a federation of {self.num_clients}"
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, said)
-        if client in taken:
-            if self.nodes[client].connected:
-                said = f"client {client} is node {self.nodes[client].name!r}"
+        if (other := sitting.get(client)) is not None:
+            if given is None and not other.absent_for(self.settings.leave_after_s):
+                said = f"client {client} is node {other.name!r}"
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, said)
-            self._shut_out(self.nodes[client], "another node took its place")
+            self._shut_out(other, "another node took its place")
         return client
 
     async def _node(self, session: str, context: Any) -> Node:
@@ -321,7 +383,7 @@ class Link:
     async def work(self, request: pb.WorkRequest, context: Any) -> AsyncIterator[pb.WorkResponse]:
         node = await self._node(request.session, context)
         node.stream += 1
-        mine, sent = node.stream, set[str]()
+        mine, sent, new = node.stream, set[str](), True
         node.gone_since = None
         node.cancelled.clear()
         self._note_change()
@@ -335,12 +397,15 @@ class Link:
                         yield pb.WorkResponse(task=each.on_wire())
                 while node.cancelled:
                     yield pb.WorkResponse(cancel=pb.Cancel(task_id=node.cancelled.pop()))
+                if new and self._asked.is_set():
+                    new = False
+                    yield pb.WorkResponse(beat=pb.Beat(complete=True))
                 if node.wake.is_set():
                     continue
                 try:
                     await asyncio.wait_for(node.wake.wait(), self.settings.beat_s)
                 except TimeoutError:
-                    yield pb.WorkResponse(beat=pb.Beat())
+                    yield pb.WorkResponse(beat=pb.Beat(complete=self._asked.is_set()))
             if self._closing is not None:
                 yield pb.WorkResponse(goodbye=self._closing)
         finally:
@@ -350,58 +415,110 @@ class Link:
 
     async def fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.FetchResponse]:
         node = await self._node(request.session, context)
-        data = self.payloads.get(request.digest) or self.setups.get(request.digest)
+        if node.fetches >= FETCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{FETCHES} payloads are on their way to this node")
+        node.fetches += 1
+        offset = request.offset
+        try:
+            # Nothing but a chunk is held while it is taken: a node that takes nothing keeps no model of a past round.
+            while (chunk := await self._chunk(request.digest, offset, context)) is not None:
+                offset += len(chunk)
+                yield pb.FetchResponse(data=chunk)
+                self.counted("sent", {"node": node.name, "bytes": str(len(chunk))})
+        finally:
+            node.fetches -= 1
+
+    async def _chunk(self, digest: str, offset: int, context: Any) -> bytes | None:
+        """Return what of a payload comes next, None at its end."""
+        data = self.payloads.get(digest) or self.setups.get(digest)
         if data is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no task that is open refers to this payload")
+            await context.abort(grpc.StatusCode.ABORTED, "no task that is open refers to this payload")
             raise AssertionError
-        if request.offset > len(data):
-            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {request.offset} of {len(data)} bytes")
-        for chunk in chunks(data, request.offset):
-            yield pb.FetchResponse(data=chunk)
-        self.counted("sent", {"node": node.name, "bytes": str(len(data) - request.offset)})
+        if offset > len(data):
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"offset {offset} of {len(data)} bytes")
+        return next(chunks(data, offset), None)
 
     async def submit(self, requests: AsyncIterator[pb.SubmitRequest], context: Any) -> pb.SubmitResponse:
-        first = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(FIRST_S):
+                first = await anext(aiter(requests), None)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no header in {FIRST_S:g} s")
+            raise AssertionError from None
         if first is None or first.WhichOneof("part") != "header":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a submission starts with its header")
         assert first is not None
         header = first.header
         node = await self._node(header.session, context)
-        if header.task_id in self._answered[node.client]:
-            return pb.SubmitResponse(verdict=pb.VERDICT_DUPLICATE)
-        if header.task_id not in node.tasks:
-            return pb.SubmitResponse(verdict=pb.VERDICT_STALE, reason="nobody waits for this task")
+        if header.task_id not in node.tasks and self.answered.verdict(node.client, header.task_id) is None:
+            await self._asked.wait()  # a server that is back has not asked anything yet; it may be about to
+            node = await self._node(header.session, context)
+        each = node.tasks.get(header.task_id)
+        if each is None:
+            return self._known(node, header.task_id)
         outcome = header.WhichOneof("outcome")
         if outcome == "failure":
             said = header.failure
-            return self._take(node, header.task_id, Answer(code=said.code or FAILED_CLIENT, reason=said.reason[:1000]))
+            return self._take(node, each, Answer(code=said.code or FAILED_CLIENT, reason=said.reason[:1000]))
         if outcome is None:
-            return self._refuse(node, "neither an answer nor a failure")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "neither an answer nor a failure")
+        each.stop_upload()  # an earlier call for the same answer, whose connection was lost
+        each.upload = upload = asyncio.ensure_future(self._receive(node, each, header, requests))
         try:
-            receiver = Receiver(header.answer, self.settings.max_payload_bytes)
-        except DataError as error:
-            return self._fail(node, header.task_id, error)
-        size = max(header.answer.size, header.answer.decoded_size)
-        await self._reserve(size)
-        kept = False
+            return await upload
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                upload.cancel()
+                raise
+            return self._known(node, header.task_id)  # the task ended meanwhile
+        except _NotWholeError as error:
+            await context.abort(error.status, str(error))
+            raise AssertionError from None
+
+    async def _receive(
+        self, node: Node, each: Open, header: pb.SubmitHeader, requests: AsyncIterator[pb.SubmitRequest]
+    ) -> pb.SubmitResponse:
+        """Take an answer's chunks, and the answer if they are what was announced.
+
+        Raises:
+            _NotWholeError: it was cut short; the node is to send it again.
+        """
+        held, receiver = 0, None
         try:
-            async for request in requests:
+            receiver = Receiver(header.answer, self.settings.max_payload_bytes, folder=self.settings.folder)
+            while True:
+                async with asyncio.timeout(STALLED_S):
+                    request = await anext(aiter(requests), None)
+                if request is None:
+                    break
                 if request.WhichOneof("part") != "data":
-                    return self._refuse(node, "a second header")
+                    raise _NotWholeError("a second header", grpc.StatusCode.INVALID_ARGUMENT)
+                await self.room.take(each, len(request.data))
+                held += len(request.data)
                 receiver.add(request.data)
+                if (grown := receiver.decoded - held) > 0:
+                    self.room.grow(grown)
+                    held += grown
+                self.counted("received", {"node": node.name, "bytes": str(len(request.data))})
             buffer = receiver.finish()
-            verdict = self._take(node, header.task_id, Answer(buffer, release=lambda: self._free_later(size)))
-            kept = verdict.verdict == pb.VERDICT_ACCEPTED
-            self.counted("received", {"node": node.name, "bytes": str(header.answer.size)})
-            return verdict
+            taken, held = held, 0  # given back once the answer was read
+            return self._take(node, each, Answer(buffer, release=lambda: self._free_later(taken)))
         except DataError as error:
-            if receiver.received < header.answer.size:
-                return self._refuse(node, str(error))  # cut short on its way: the node sends it again
-            return self._fail(node, header.task_id, error)
+            if receiver is not None and receiver.received < header.answer.size:
+                raise _NotWholeError(str(error)) from None
+            return self._refuse(node, each, str(error))
+        except (TimeoutError, TooSlowError) as error:
+            raise _NotWholeError(str(error) or f"nothing came for {STALLED_S:g} s") from None
+        except OSError as error:
+            log.error("answer not kept", extra={"node": node.name, "client": node.client, "reason": error.strerror})
+            raise _NotWholeError(f"no room for it: {error.strerror}", grpc.StatusCode.RESOURCE_EXHAUSTED) from None
         finally:
-            receiver.close()
-            if not kept:
-                await self._free(size)
+            if receiver is not None:
+                receiver.close()
+            await self.room.end(each)
+            if held:
+                await self.room.free(held)
 
     async def leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
         node = await self._node(request.session, context)
@@ -416,41 +533,51 @@ class Link:
         self._note_change()
         return pb.LeaveResponse()
 
-    def _take(self, node: Node, name: str, answer: Answer) -> pb.SubmitResponse:
-        each = node.tasks.pop(name, None)
-        if each is None:  # closed, or answered by another call, while this one was under way
-            duplicate = name in self._answered[node.client]
-            return pb.SubmitResponse(verdict=pb.VERDICT_DUPLICATE if duplicate else pb.VERDICT_STALE)
-        self._answered[node.client].add(name)
+    def _known(self, node: Node, name: str) -> pb.SubmitResponse:
+        """Return what is to be said of an answer to a task that is not open."""
+        verdict = self.answered.verdict(node.client, name)
+        if verdict is None:
+            return pb.SubmitResponse(verdict=pb.VERDICT_STALE, reason="nobody waits for this task")
+        return pb.SubmitResponse(verdict=pb.VERDICT_DUPLICATE if verdict == pb.VERDICT_ACCEPTED else verdict)  # type: ignore[arg-type]
+
+    def _take(self, node: Node, each: Open, answer: Answer, refused: str = "") -> pb.SubmitResponse:
+        """End a task with what its node handed in, once."""
+        name = each.task.id
+        if node.tasks.get(name) is not each:  # closed, or answered by another call, while this one was under way
+            answer.release()
+            return self._known(node, name)
+        del node.tasks[name]
+        verdict = pb.VERDICT_REFUSED if refused else pb.VERDICT_ACCEPTED
+        self.answered.add(node.client, each.task.cell, name, verdict, counts=answer.buffer is not None)
+        said = pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
+        outcome = said if answer.buffer is not None or refused else "failed"
+        about = {"run": self.run, "cell": each.task.cell, "round": each.round, "node": node.name, "client": node.client,
+                 "task": name, "kind": each.task.kind, "verdict": outcome}  # fmt: skip
+        tasks_log.info("task answered", extra=about)
+        self.counted("answer", {"node": node.name, "outcome": outcome})
         self._finish(each, answer)
-        return pb.SubmitResponse(verdict=pb.VERDICT_ACCEPTED)
+        return pb.SubmitResponse(verdict=verdict, reason=refused)
 
-    def _fail(self, node: Node, name: str, error: DataError) -> pb.SubmitResponse:
+    def _refuse(self, node: Node, each: Open, reason: str) -> pb.SubmitResponse:
         """Refuse an answer for good: sending it again would not make it better."""
-        verdict = self._take(node, name, Answer(code=FAILED_CLIENT, reason=f"its answer was not taken: {error}"))
-        if verdict.verdict != pb.VERDICT_ACCEPTED:
-            return verdict
-        return self._refuse(node, str(error))
-
-    def _refuse(self, node: Node, reason: str) -> pb.SubmitResponse:
-        log.warning("answer refused", extra={"node": node.name, "client": node.client, "reason": reason})
-        self.counted("refused", {"reason": "payload"})
-        return pb.SubmitResponse(verdict=pb.VERDICT_REFUSED, reason=reason)
-
-    async def _reserve(self, size: int) -> None:
-        async with self._room:
-            await self._room.wait_for(lambda: self._uploads == 0 or self._uploads + size <= self.settings.uploads_bytes)
-            self._uploads += size
-
-    async def _free(self, size: int) -> None:
-        async with self._room:
-            self._uploads -= size
-            self._room.notify_all()
+        log.warning("answer refused", extra={"run": self.run, "node": node.name, "client": node.client,
+                                             "task": each.task.id, "reason": reason})  # fmt: skip
+        self.counted("refused", {"node": node.name, "reason": "payload"})
+        failed = Answer(code=FAILED_CLIENT, reason=f"its answer was not taken: {reason}")
+        return self._take(node, each, failed, refused=reason)
 
     def _free_later(self, size: int) -> None:
         """Give room back, from any thread."""
         if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._free(size), self._loop)
+            asyncio.run_coroutine_threadsafe(self.room.free(size), self._loop)
+
+
+class _NotWholeError(Exception):
+    """An answer that did not come whole: the node is to send it again."""
+
+    def __init__(self, reason: str, status: grpc.StatusCode = grpc.StatusCode.DATA_LOSS) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def shown(context: Any) -> Credentials:

@@ -1,12 +1,12 @@
-"""What the server end of the link keeps: nodes, their open tasks, and the payloads that tasks refer to."""
+"""What the server end of the link keeps: nodes, their open tasks, what was answered, and the payloads referred to."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,10 @@ from trellis.wire.generated import link_pb2 as pb
 REMEMBERED = 64
 """Ids of answered tasks that are kept for each client, so that an answer sent twice is known for what it is. A node
 has few answers that it does not know to be accepted: it works on one task at a time."""
+
+KEPT = 2
+"""Ids for each client that go into a checkpoint: the latest tells the node which of its states counts, and a node that
+died before it noted that has at most one such answer, as it settles each before it starts the next."""
 
 
 @dataclass
@@ -42,12 +46,22 @@ class Open:
         client: whose it is.
         deadline: by the monotonic clock; None for none.
         close: called once, with the answer. It may be called from the link's thread only.
+        round: whose it is, as far as is known; for logs.
+        upload: the call that is receiving its answer; it ends with the task.
     """
 
     task: pb.Task
     client: int
     deadline: float | None
     close: Callable[[Answer], None]
+    round: int | None = None
+    upload: asyncio.Task[Any] | None = None
+
+    def stop_upload(self) -> None:
+        """End the call that is receiving the answer, if there is one: nobody waits for it any more."""
+        if self.upload is not None and self.upload is not asyncio.current_task():
+            self.upload.cancel()
+        self.upload = None
 
     def on_wire(self) -> pb.Task:
         """Return the task with the time that is left now."""
@@ -66,9 +80,11 @@ class Node:
         name: authenticated, or as it says where nobody is authenticated.
         client: the client of the federation that it is.
         session: the latest; calls with another are refused.
+        credential: digest of what it showed; None where nobody is asked.
         stream: number of the latest Work stream; earlier ones end.
         gone_since: monotonic time since which no stream is open; None while one is.
         wake: set when there is something new for its stream.
+        fetches: payloads that it is being sent now.
     """
 
     name: str
@@ -76,15 +92,21 @@ class Node:
     client: int
     session: str
     kind: int
+    credential: str | None = None
     stream: int = 0
     gone_since: float | None = field(default_factory=time.monotonic)
     tasks: dict[str, Open] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    fetches: int = 0
 
     @property
     def connected(self) -> bool:
         return self.gone_since is None
+
+    def absent_for(self, seconds: float) -> bool:
+        """Return whether no stream of it has been open for that long."""
+        return self.gone_since is not None and time.monotonic() - self.gone_since >= seconds
 
 
 class Payloads:
@@ -115,20 +137,52 @@ class Payloads:
         return sum(len(data) for data, _ in self._held.values())
 
 
-class Recent:
-    """The latest ids of something, as many as are worth remembering."""
+class Answered:
+    """The tasks that were answered lately: what became of them, and which of each client's counts in which cell.
 
-    def __init__(self, most: int = REMEMBERED) -> None:
-        self._ids: OrderedDict[str, None] = OrderedDict()
-        self._most = most
+    Only what counts goes into a checkpoint. Where nothing is known of a cell (a checkpoint that says nothing), nothing
+    is said of it to nodes either.
+    """
 
-    def add(self, name: str) -> None:
-        self._ids[name] = None
-        while len(self._ids) > self._most:
-            self._ids.popitem(last=False)
+    def __init__(self) -> None:
+        self._verdicts: defaultdict[int, OrderedDict[str, int]] = defaultdict(OrderedDict)
+        self._counted: dict[str, dict[int, list[str]]] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._ids
+    def verdict(self, client: int, task: str) -> int | None:
+        """Return what an answer of this client was told, None where there was none lately."""
+        return self._verdicts[client].get(task) if client in self._verdicts else None
+
+    def add(self, client: int, cell: str, task: str, verdict: int, counts: bool) -> None:
+        """Remember an answer; whether it counts, as a failure does not."""
+        known = self._verdicts[client]
+        known[task] = verdict
+        known.move_to_end(task)
+        while len(known) > REMEMBERED:
+            known.popitem(last=False)
+        if counts and cell in self._counted:
+            counted = self._counted[cell].setdefault(client, [])
+            counted[:] = [*(each for each in counted if each != task), task][-KEPT:]
+
+    def after(self, client: int, cell: str) -> str | None:
+        """Return the latest answer of a client that counts, "" where none does yet, None where it is not known."""
+        if cell not in self._counted:
+            return None
+        counted = self._counted[cell].get(client)
+        return counted[-1] if counted else ""
+
+    def remembered(self, cell: str) -> dict[str, list[str]]:
+        """Return what a checkpoint keeps of a cell, as plain JSON data."""
+        return {str(client): list(tasks) for client, tasks in self._counted.get(cell, {}).items()}
+
+    def recall(self, cell: str, kept: Mapping[str, list[str]] | None) -> None:
+        """Take back what ``remembered`` returned. None forgets the cell: its checkpoint says nothing."""
+        if kept is None:
+            self._counted.pop(cell, None)
+            return
+        self._counted[cell] = {int(client): list(tasks) for client, tasks in kept.items()}
+        for client, tasks in self._counted[cell].items():
+            for task in tasks:
+                self._verdicts[client].setdefault(task, pb.VERDICT_ACCEPTED)
 
 
 def task_id(*parts: str | bytes) -> str:

@@ -6,8 +6,8 @@ A grid is where clients are; a layer is what happens on the way, and wraps any g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -95,6 +95,13 @@ class ClientGrid(StreamGrid):
     def forget(self) -> None:
         """Start over with clients that keep nothing, e.g. for the next seed on the same workers."""
         self.states, self.changed = {}, set()
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep of the way to the clients, as plain JSON data; here nothing."""
+        return {}
+
+    def recall(self, kept: Mapping[str, Any] | None) -> None:
+        """Take back what ``remembered`` returned: {} in a new run, None from a checkpoint that does not say."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         numbered = flower.number(messages)

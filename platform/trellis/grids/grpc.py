@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import math
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +23,9 @@ from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.payload import encode
 from trellis.wire.shortening import restore
 
-__all__ = ["GrpcGrid", "Settings", "from_wire", "to_wire"]
+__all__ = ["GrpcGrid", "Link", "Settings", "from_wire", "to_wire"]
+
+log = logging.getLogger("trellis.link")
 
 
 class GrpcGrid(ClientGrid):
@@ -38,17 +42,19 @@ class GrpcGrid(ClientGrid):
         num_clients: of the federation.
         settings: of the link.
         run: name of the run; nodes keep their state by it.
-        min_clients: waits for this many before a message is made; by default all.
+        min_clients: waits for this many before a message is made. By default for all at first, and later, where some
+            may have been lost for good, for as many as the quorum needs.
         encoding: of payloads to the nodes, ``pb.ENCODING_NONE`` or ``pb.ENCODING_ZSTD``.
         shortening: what nodes do to their updates, see ``trellis.wire.shortening``.
         counted: called with the name of an event and its labels, for metrics.
 
     Attributes:
+        min_clients: for how many the first message waits.
         link: the service.
         setup: what tasks say of the cell they belong to; see ``describe``.
 
     Raises:
-        GridError: the address cannot be listened on.
+        GridError: the address cannot be listened on, or ``min_clients`` are more than there are.
     """
 
     in_process = False
@@ -66,9 +72,11 @@ class GrpcGrid(ClientGrid):
         counted: Callable[[str, Mapping[str, str]], None] = lambda *_: None,
     ) -> None:
         super().__init__(num_clients)
-        self.min_clients = num_clients if min_clients is None else min_clients
+        if min_clients is not None and not 1 <= min_clients <= num_clients:
+            raise GridError("link-settings", f"min-clients is {min_clients}; it has to be from 1 to {num_clients}")
+        self.min_clients, self._all = num_clients if min_clients is None else min_clients, min_clients is None
         self.encoding, self.shortening = encoding, shortening
-        self.cell, self._needed = "", num_clients
+        self.cell, self._needed, self._quorum, self._begun = "", num_clients, num_clients, False
         self.setup, self._run_name = pb.Payload(), run
         self.link = Link(settings or Settings(), num_clients, run, counted)
 
@@ -83,27 +91,74 @@ class GrpcGrid(ClientGrid):
         self.cell, self.setup = cell, payload
         cohorts = scenario["rounds"]["clients_per_round"], scenario["evaluation"]["clients"]
         self._needed = max(cohort or self.num_clients for cohort in cohorts)
+        self._quorum = max(math.ceil(scenario["rounds"].get("quorum", 1.0) * (cohorts[0] or self.num_clients)), 1)
         self.link.call(self.link.setups.__setitem__, payload.digest, data)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the node ids of the clients that are there, once they are ``min_clients``, and absent ones if need be.
+        """Return the node ids of the clients that are there, once they are enough, and absent ones if need be.
 
         Raises:
-            GridError: no node was connected for ``settings.give_up_after_s``.
+            GridError: no node was connected for ``settings.give_up_after_s``, or too few, and no further one came.
         """
-        while True:
-            there = self.link.connected()
-            if len(there) >= self.min_clients:
-                absent = (client for client in range(self.num_clients) if client not in there)
-                there += itertools.islice(absent, max(self._needed - len(there), 0))
-                return [flower.node_of(client) for client in sorted(there)]
+        needed = self._quorum if self._begun and self._all else self.min_clients
+        before, since = -1, time.monotonic()
+        while len(there := self.link.connected()) < needed:
+            if len(there) != before:
+                if self._begun:
+                    said = {"run": self._run_name, "cell": self.cell, "there": len(there), "needed": needed}
+                    log.warning("waiting for clients that were lost", extra=said)
+                before, since = len(there), time.monotonic()
             self._give_up_or(there)
+            if time.monotonic() - since > self.link.settings.give_up_after_s:
+                raise GridError(
+                    "too-few-clients",
+                    f"{len(there)} of {needed} clients are there, and none came for"
+                    f" {self.link.settings.give_up_after_s:g} s. The run can be resumed once they are back",
+                )
             with self.link.changed:
                 self.link.changed.wait(0.2)
+        absent = (client for client in range(self.num_clients) if client not in there)
+        there += itertools.islice(absent, max(self._needed - len(there), 0))
+        return [flower.node_of(client) for client in sorted(there)]
 
     def stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
         answers: queue.SimpleQueue[tuple[str, Answer]] = queue.SimpleQueue()
+        sent, tasks = self._open(messages, deadline, answers)
+        clients = {each.task.id: each.client for each in tasks}
+        del tasks
+        self._begun, late = True, False
+        try:
+            while sent:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0 and not late:
+                    late = True  # what is in the queue came in time
+                    reason = f"no reply before the deadline of {timeout:g} s"
+                    self._close(sent, clients, Answer(code=flower.FAILED_DEADLINE, reason=reason), answers)
+                try:
+                    name, answer = answers.get(timeout=1.0 if late or left is None else max(min(left, 1.0), 0.0))
+                except queue.Empty:
+                    if not late:
+                        self._give_up_or(self.link.connected())
+                    continue
+                if name in sent:
+                    message, content = sent.pop(name)
+                    yield self._reply(message, content, answer)
+                else:
+                    answer.release()
+        finally:
+            unwanted = Answer(code=flower.FAILED_DEADLINE, reason="no reply is wanted any more")
+            self._close(sent, clients, unwanted, answers)
+            while not answers.empty():
+                answers.get()[1].release()
+
+    def _open(
+        self,
+        messages: Iterable[Message],
+        deadline: float | None,
+        answers: queue.SimpleQueue[tuple[str, Answer]],
+    ) -> tuple[dict[str, tuple[Message, wire.Content]], list[Open]]:
+        """Give the nodes their tasks; return what was sent by the tasks' ids, and the tasks."""
         sent: dict[str, tuple[Message, wire.Content]] = {}
         tasks: list[Open] = []
         encoded = _Encoder(self.encoding)
@@ -116,28 +171,18 @@ class GrpcGrid(ClientGrid):
             task.id = name
             client = flower.client_of(message.metadata.dst_node_id)
             sent[name] = message, content
-            tasks.append(Open(task, client, deadline, _putting(answers, name)))
+            tasks.append(Open(task, client, deadline, _putting(answers, name), _round_of(message)))
         payloads = {digest: encoded.data[digest] for each in tasks for digest in references(each.task)}
         self.link.call(self.link.open, tasks, payloads)
-        del payloads, encoded
-        clients = {each.task.id: each.client for each in tasks}
-        try:
-            while sent:
-                left = None if deadline is None else deadline - time.monotonic()
-                try:
-                    name, answer = answers.get(timeout=max(0.0, 1.0 if left is None else min(left, 1.0)))
-                except queue.Empty:
-                    if left is not None and left <= 0:
-                        self._close(
-                            sent, clients, flower.FAILED_DEADLINE, f"no reply before the deadline of {timeout:g} s"
-                        )
-                    else:
-                        self._give_up_or(self.link.connected())
-                    continue
-                message, content = sent.pop(name)
-                yield self._reply(message, content, answer)
-        finally:
-            self._close(sent, clients, flower.FAILED_DEADLINE, "no reply is wanted any more")
+        return sent, tasks
+
+    def remembered(self) -> dict[str, Any]:
+        """Return the latest answers of each client that count: with them a node knows its state after a restart."""
+        kept: dict[str, Any] = self.link.call(self.link.answered.remembered, self.cell)
+        return kept
+
+    def recall(self, kept: Mapping[str, Any] | None) -> None:
+        self.link.call(self.link.answered.recall, self.cell, kept)
 
     def close(self) -> None:
         """End the link for good: nodes are told that the run is over."""
@@ -164,9 +209,17 @@ class GrpcGrid(ClientGrid):
         finally:
             answer.release()
 
-    def _close(self, sent: Mapping[str, Any], clients: Mapping[str, int], code: int, reason: str) -> None:
+    def _close(
+        self,
+        sent: Iterable[str],
+        clients: Mapping[str, int],
+        answer: Answer,
+        answers: queue.SimpleQueue[tuple[str, Answer]],
+    ) -> None:
+        """End tasks without their nodes. One that is nobody's any more gets its answer here."""
         for name in list(sent):
-            self.link.call(self.link.close_task, clients[name], name, Answer(code=code, reason=reason))
+            if not self.link.call(self.link.close_task, clients[name], name, answer):
+                answers.put((name, answer))
 
     def _give_up_or(self, there: list[int]) -> None:
         """Go on, or end the run where nobody has been there for too long."""
@@ -186,6 +239,14 @@ class GrpcGrid(ClientGrid):
 
 def _putting(answers: queue.SimpleQueue[tuple[str, Answer]], name: str) -> Callable[[Answer], None]:
     return lambda answer: answers.put((name, answer))
+
+
+def _round_of(message: Message) -> int | None:
+    for record in message.content.config_records.values():
+        number = record.get("server-round")
+        if isinstance(number, int):
+            return number
+    return None
 
 
 class _Encoder:

@@ -159,7 +159,7 @@ def _arrays(header: Mapping[str, Any], data: memoryview) -> dict[str, NDArray[An
             raise DataError("records-damaged", f"array {name!r:.60} lies at {start!r:.30} to {end!r:.30}")
         if math.prod(shape) * dtype.itemsize != end - start:
             raise DataError("records-damaged", f"array {name!r:.60} of shape {shape} takes {end - start} bytes")
-        if entry["dtype"] == "BOOL" and end > start and max(data[start:end]) > 1:
+        if entry["dtype"] == "BOOL" and end > start and np.frombuffer(data[start:end], np.uint8).max() > 1:
             raise DataError("records-damaged", f"array {name!r:.60} holds truth values other than 0 and 1")
         arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape)
         covered = end

@@ -40,6 +40,7 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),  # two servers on one port would each get half of the nodes
     ("grpc.max_metadata_size", 16_384),
+    ("grpc.max_concurrent_streams", 100),  # of one connection; a node has a handful
 ]
 
 
