@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -78,16 +79,39 @@ def run(
     raise typer.Exit(execute(current, quiet, json_))
 
 
-def execute(current: Any, quiet: bool, as_json: bool, grids: Any = None) -> int:
-    """Run an experiment with what a person wants to see of it; return the exit status."""
+def execute(
+    current: Any,
+    quiet: bool,
+    as_json: bool,
+    grids: Any = None,
+    on_round: Callable[[str, dict[str, Any]], None] = lambda *_: None,
+    command: str = "run",
+) -> int:
+    """Run an experiment with what a person wants to see of it; return the exit status.
+
+    Args:
+        current: the run.
+        quiet, as_json: as of the command ``run``.
+        grids: where clients are, see ``experiment.execute``.
+        on_round: also called with a cell's name and the line of each of its rounds.
+        command: that continues it.
+    """
     from trellis import experiment, flower, report
     from trellis.progress import JsonLines, Live, Quiet
 
     flower.quiet()
     show: Any = JsonLines(sys.stdout) if as_json else Quiet() if quiet else Live(out, current)
+    hooks = show.hooks()
+    shown = hooks.on_round
+
+    def told(folder: Any, line: dict[str, Any]) -> None:
+        shown(folder, line)
+        on_round(folder.name, line)
+
+    hooks.on_round = told
     try:
         with show:
-            outcome = experiment.execute(current, show.hooks(), grids)
+            outcome = experiment.execute(current, hooks, grids)
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk must not hide why it ended
             report.build(current.path)
@@ -105,7 +129,7 @@ def execute(current: Any, quiet: bool, as_json: bool, grids: Any = None) -> int:
     for name, failure in outcome.failed.items():
         err.print(f"{name}: {failure}", markup=False)
     if outcome.failed and not quiet and not as_json:
-        err.print(f"Continue with: trellis run --resume {current.path}", markup=False)
+        err.print(f"Continue with: trellis {command} --resume {current.path}", markup=False)
     return 1 if outcome.failed else 0
 
 
@@ -347,7 +371,8 @@ def main() -> NoReturn:
         err.print(f"error: {error}", markup=False)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        err.print("interrupted; continue with: trellis run --resume latest", markup=False)
+        command = "serve" if "serve" in sys.argv[1:] else "run"
+        err.print(f"interrupted; continue with: trellis {command} --resume latest", markup=False)
         sys.exit(130)
     sys.exit(0)
 

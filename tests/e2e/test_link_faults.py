@@ -121,8 +121,8 @@ class Fleet:
         self.log: list[str] = []
         for line in made.stderr:
             self.log.append(line)
-            if line.startswith("Listening on"):
-                self.port = int(line.split(".")[3].split(":")[1])
+            if '"listening"' in line:
+                self.port = json.loads(line)["port"]
                 break
         threading.Thread(target=self._drain, args=(made,), daemon=True).start()
         return made

@@ -29,7 +29,8 @@ from tcp_proxy import Proxy
 from trellis import experiment, flower, records, scenario
 from trellis.deploy import allowing
 from trellis.deploy.joining import Where
-from trellis.deploy.metrics import NodeMetrics, ServerMetrics
+from trellis.deploy.metrics import ServerMetrics
+from trellis.deploy.node_metrics import NodeMetrics
 from trellis.deploy.serving import link_settings
 from trellis.errors import GridError, RunError
 from trellis.grids.grpc import GrpcGrid, Settings
@@ -322,7 +323,8 @@ def test_a_network_that_is_down_for_half_a_minute(tmp_path):
                 if client < 2:
                     made.append(
                         process(
-                            "join", f"{address}:{port}", "--insecure", "--node", f"far-{client}", "--log-json",
+                            "join", f"{address}:{port}", "--insecure", "--insecure-beyond-loopback", "--log-json",
+                            "--node", f"far-{client}",
                             "--node-config", f"client={client}", "--state", str(tmp_path / f"far-{client}"),
                             inside="trellis-f3",
                         )

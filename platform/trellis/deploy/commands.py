@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -36,7 +39,7 @@ def serve(
     ] = None,
     compression: Annotated[str, typer.Option(help="of payloads to nodes: none, zstd")] = "none",
     updates: Annotated[str, typer.Option(help="lossy shortening of updates: none, float16, int8")] = "none",
-    leave_after: Annotated[float, typer.Option(help="seconds after which a lost node fails its task")] = 30.0,
+    leave_after: Annotated[float, typer.Option(help="seconds after which a lost node fails its task")] = 90.0,
     give_up_after: Annotated[float, typer.Option(help="seconds without any node after which the run stops")] = 300.0,
     max_payload_mb: Annotated[int, typer.Option(help="largest payload taken or sent")] = 2000,
     metrics_address: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics")] = None,
@@ -48,10 +51,11 @@ def serve(
     log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, to stderr")] = False,
 ) -> None:
     """Run a scenario on nodes that join over gRPC: Flower's strategies here, the clients there."""
-    from trellis import cli, scenario
-    from trellis.deploy import logs, serving
-    from trellis.deploy.metrics import ServerMetrics
-    from trellis.runs import Run, resolve
+    with needing("train,deploy"):
+        from trellis import cli, scenario
+        from trellis.deploy import announcing, logs, serving
+        from trellis.deploy.metrics import ServerMetrics
+        from trellis.runs import Run, resolve
 
     if (file is None) == (resume is None):
         raise TrellisError("usage", "give either a scenario file or --resume RUN")
@@ -78,21 +82,31 @@ def serve(
         current = Run.open(resolve(resume, runs))
         scenario.check(current.scenario)
     metrics = ServerMetrics(metrics_address)
-    options = serving.Options(settings, min_clients, compression, updates)
-    host = address.rpartition(":")[0]
-
-    def listening(port: int) -> None:
-        text = f"Listening on {host}:{port}. Nodes join with: trellis join {host}:{port}"
-        (cli.err if json_ or quiet else cli.out).print(text, markup=False)
-
-    _stop_on_sigterm()
+    settings = replace(settings, folder=current.path)  # what is too large to wait in memory waits beside the run
+    options = serving.Options(settings, min_clients, compression, updates, clients=current.scenario.clients)
     name = f"{current.path.parent.name}/{current.path.name}"
-    raise typer.Exit(cli.execute(current, quiet, json_, serving.grids(options, name, listening, metrics.count)))
+    announcer: announcing.Announcer = announcing.Logged(name)
+    if not log_json:
+        console = cli.err if json_ or quiet else cli.out
+        announcer = announcing.Spoken(
+            address,
+            announcing.join_options(not insecure, nodes is not None, mutual_tls and not insecure),
+            announcing.names_of(certs / "server.pem") if certs and not insecure else [],
+            lambda text: console.print(text, markup=False),
+        )
+    _stop_on_sigterm()
+    grids = serving.grids(options, name, announcer.listening, metrics.count, announcer, metrics.watch)
+
+    def on_round(cell: str, line: Mapping[str, Any]) -> None:
+        announcer.round(cell, line)
+        metrics.round(cell, line)
+
+    raise typer.Exit(cli.execute(current, quiet, json_, grids, on_round, command="serve"))
 
 
 def join(
     address: Annotated[str, typer.Argument(help="host:port of the server", show_default=False)],
-    node: Annotated[str, typer.Option(help="this node's name; by default its host's and process's")] = "",
+    node: Annotated[str, typer.Option(help="this node's name; by default its host's and its --state's")] = "",
     node_config: Annotated[
         str, typer.Option(help="e.g. 'client=3' and changes for this node: 'client=3 data.path=/data/mine.npz'")
     ] = "",
@@ -102,7 +116,8 @@ def join(
         Path | None, typer.Option(help="this node's certificate, PEM; its key lies beside it as .key")
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help=f"file with this node's token; else ${TOKEN}")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="plain text")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="plain text; loopback only")] = False,
+    insecure_beyond_loopback: Annotated[bool, typer.Option("--insecure-beyond-loopback", hidden=True)] = False,
     compression: Annotated[str, typer.Option(help="of answers: none, zstd")] = "none",
     allow_code: Annotated[
         list[str] | None,
@@ -120,60 +135,104 @@ def join(
     ] = "127.0.0.1:8001",
     threads: Annotated[int, typer.Option(help="with --edge: of ONNX Runtime")] = 1,
     give_up_after: Annotated[float | None, typer.Option(help="seconds without the server after which it ends")] = None,
+    grace: Annotated[float, typer.Option(help="seconds that SIGTERM leaves for the task under way")] = 10.0,
+    stopped_status: Annotated[
+        int, typer.Option(help="exit status of a node that was told to stop before the run was over")
+    ] = 0,
     metrics_address: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics")] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, to stderr")] = False,
 ) -> None:
     """Be a client of a deployed scenario: train on this machine when the server asks, or serve a model (--edge)."""
-    from trellis.deploy import joining, logs
+    from trellis.deploy.stopping import Stopping
+
+    stopping = Stopping(stopped_status, grace)  # before anything heavy
+    wanted = ("edge",) if edge else ("train,deploy", "a device without torch joins with --edge")
+    with needing(*wanted):
+        from trellis.deploy import joining, logs
 
     logs.configure(log_json, role="node")
-    token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN)
-    where = joining.Where(address, ca=ca, certificate=cert, token=token, insecure=insecure)
+    where = joining.Where(
+        address,
+        ca=ca,
+        certificate=cert,
+        token=joining.token(token_file, os.environ.get(TOKEN)),
+        insecure=insecure,
+        beyond_loopback=insecure_beyond_loopback,
+    )
     if edge:
         if allow_code or code:
             raise TrellisError("usage", "--allow-code and --code are for nodes that train; a device runs no plug-ins")
-        reason = _edge_node().run(
+        with needing(*wanted):
+            side = _app("edge-node")
+        reason = side.run(
             where,
             node=node,
             config=joining.node_config(node_config),
-            state=state,
+            state=joining.private(state),
             compression=compression,
             model=model,
             serve=serve_at,
             threads=threads,
             give_up_after_s=give_up_after,
             metrics_address=metrics_address,
+            stopping=stopping,
         )
-        sys.stdout.write(f"{reason or 'stopped'}\n")
-        return
+        _leave(reason, stopped_status)
     if model is not None:
         raise TrellisError("usage", "--model is for devices: give --edge too")
-    from trellis import experiment
-
-    reason = experiment.app_module("node").run(
+    with needing(*wanted):
+        side = _app("node")
+    reason = side.run(
         where,
         node=node,
         config=joining.node_config(node_config),
-        state=state,
+        state=joining.private(state),
         compression=compression,
         allowed=allow_code or [],
         code=code,
         give_up_after_s=give_up_after,
         metrics_address=metrics_address,
+        stopping=stopping,
     )
+    _leave(reason, stopped_status)
+
+
+def _leave(reason: str, stopped_status: int) -> NoReturn:
+    """Say the server's last word, or that there was none, and end."""
     sys.stdout.write(f"{reason or 'stopped'}\n")
+    raise typer.Exit(0 if reason else stopped_status)
 
 
-def _edge_node() -> Any:
-    """Return the module of the device's side, without a library that a device does not have."""
+def _app(side: str) -> Any:
+    """Return the module of a node's side, without importing a library that a device does not have."""
     from importlib.metadata import entry_points
 
+    for entry in entry_points(group="trellis.apps", name=side):
+        return entry.load()
+    raise PluginError("app-missing", f"no installed package has the app {side!r}: install Trellis with its clients")
+
+
+@contextmanager
+def needing(extras: str, otherwise: str = "") -> Iterator[None]:
+    """Say in one line which of the project's extras bring a library that an import does not find.
+
+    Args:
+        extras: as pip takes them, e.g. ``train,deploy``.
+        otherwise: what a user may have meant instead.
+
+    Raises:
+        PluginError: in place of ``ModuleNotFoundError``.
+    """
     try:
-        for entry in entry_points(group="trellis.apps", name="edge-node"):
-            return entry.load()
+        yield
     except ModuleNotFoundError as error:
-        raise PluginError("app-missing", f"{error.name!r} is not installed: pip install 'trellis[edge]'") from None
-    raise PluginError("app-missing", "no installed package can be a device: pip install 'trellis[edge]'")
+        if error.name is None or error.name.partition(".")[0].startswith("trellis"):
+            raise
+        hint = f"; {otherwise}" if otherwise else ""
+        raise PluginError(
+            "app-missing",
+            f"{error.name!r} is not installed: pip install '.[{extras}]' in a checkout of Trellis{hint}",
+        ) from None
 
 
 def certs(
@@ -182,13 +241,13 @@ def certs(
     node: Annotated[list[str] | None, typer.Option(help="also a client certificate for this node")] = None,
     days: Annotated[int, typer.Option(help="until they expire")] = 365,
 ) -> None:
-    """Write a development authority, the server's certificate, and one for each node named."""
-    from trellis.wire import certificates
+    """Write a development authority, the server's certificate, and one for each node named; keep what is there."""
+    with needing("train,deploy"):
+        from trellis.wire import certificates
 
-    hosts = host or ["localhost", "127.0.0.1"]
-    certificates.write(folder, hosts, node or [], days)
-    names = ", ".join([certificates.SERVER, *(node or [])])
-    sys.stdout.write(f"{folder}: ca.pem for the nodes; certificates and keys of {names} ({', '.join(hosts)})\n")
+    written = certificates.write(folder, host or [], node or [], days)
+    said = f"new certificates and keys of {', '.join(written)}" if written else "all else is kept; --host makes it anew"
+    sys.stdout.write(f"{folder}: ca.pem for the nodes; {said}\n")
 
 
 def token(
@@ -196,16 +255,31 @@ def token(
     nodes: Annotated[Path, typer.Option(help="allow-list; made if it is not there")] = Path("nodes.yaml"),
     client: Annotated[int | None, typer.Option(help="which client of the federation it is")] = None,
     expires: Annotated[str | None, typer.Option(help="last day, YYYY-MM-DD")] = None,
+    cert: Annotated[
+        Path | None, typer.Option(help="certificate that the node will show under --mutual-tls, PEM")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="write the token here, for your eyes only; else it is printed")] = (
+        None
+    ),
     revoke: Annotated[bool, typer.Option("--revoke", help="shut the node out, at once")] = False,
 ) -> None:
-    """Let a node in: print its new token, once, and put the token's digest on the allow-list."""
-    from trellis.deploy import allowing
+    """Let a node in: hand out its new token, once, and put the token's digest on the allow-list.
+
+    Of a node that is on the list what is not given stays as it was.
+    """
+    with needing("train,deploy"):
+        from trellis.deploy import allowing
 
     if revoke:
         allowing.revoke(nodes, node)
         sys.stdout.write(f"{node} is revoked; a running server shuts it out within a second\n")
         return
-    sys.stdout.write(f"{allowing.admit(nodes, node, client, expires)}\n")
+    if to is None:
+        sys.stdout.write(f"{allowing.admit(nodes, node, client, expires, cert)}\n")
+        return
+    with allowing.private_file(to) as file:  # before the list: a token that cannot be kept must not replace another
+        file.write(f"{allowing.admit(nodes, node, client, expires, cert)}\n")
+    sys.stdout.write(f"{to}: the token of {node}\n")
 
 
 def _stop_on_sigterm() -> None:

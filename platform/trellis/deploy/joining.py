@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 
+from trellis.deploy.loopback import is_loopback
 from trellis.errors import TrellisError
 
 
@@ -21,6 +22,7 @@ class Where:
         certificate: the node's own, PEM; its key lies beside it under the same name with ``.key``.
         token: bearer token.
         insecure: plain text. A token is never sent over it to another machine.
+        beyond_loopback: allow plain text to another machine.
     """
 
     address: str
@@ -28,20 +30,29 @@ class Where:
     certificate: Path | None = None
     token: str | None = field(default=None, repr=False)
     insecure: bool = False
+    beyond_loopback: bool = False
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Return what the channel needs for TLS; None for plain text.
 
         Raises:
-            TrellisError: neither TLS nor --insecure was asked for, or a file cannot be read.
+            TrellisError: neither TLS nor --insecure was asked for, --insecure leads to another machine, or a file
+                cannot be read.
         """
         if ":" not in self.address:
             raise TrellisError("usage", f"the server's address is host:port, not {self.address!r}")
         if self.insecure:
-            host = self.address.rpartition(":")[0]
-            if self.token and host not in ("localhost", "[::1]") and not host.startswith("127."):
+            local = is_loopback(self.address)
+            if self.token and not local:
                 raise TrellisError(
-                    "join-insecure-token", f"--insecure would show this node's token to all on the way to {host}"
+                    "join-insecure-token",
+                    f"--insecure would show this node's token to all on the way to {self.address}",
+                )
+            if not local and not self.beyond_loopback:
+                raise TrellisError(
+                    "join-insecure",
+                    f"--insecure to {self.address} would show all on the way what this node trains, and let them answer"
+                    " in the server's place; use --ca, or say --insecure-beyond-loopback too",
                 )
             return None
         if self.ca is None:
@@ -60,6 +71,39 @@ class NodeConfig:
 
     client: int | None = None
     overrides: tuple[str, ...] = ()
+
+
+def token(file: Path | None, otherwise: str | None = None) -> str | None:
+    """Return the token that a file holds; without a file, the other one, e.g. of the environment.
+
+    Raises:
+        TrellisError: the file cannot be read, or holds no token.
+    """
+    if file is None:
+        return otherwise
+    try:
+        held = file.read_text("ascii").strip()
+    except OSError as error:
+        raise TrellisError("token-file", f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        held = ""
+    if not held or any(not "!" <= letter <= "~" for letter in held):
+        raise TrellisError("token-file", f"{file} holds no token, which is one line of `trellis token NODE`")
+    return held
+
+
+def private(folder: Path) -> Path:
+    """Make a node's folder so that others on its machine cannot look into it; one that is there stays as it is.
+
+    Raises:
+        TrellisError: it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise TrellisError("node-store", f"{folder}: {error.strerror}") from None
+    return folder
 
 
 def node_config(text: str) -> NodeConfig:

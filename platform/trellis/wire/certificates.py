@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,8 +20,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from trellis.errors import TrellisError
+from trellis.wire.nodes import NAME
 
 CA, SERVER = "ca", "server"
+LOCAL = ("localhost", "127.0.0.1")
+"""Hosts of a server whose operator named none."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,32 @@ def pair(folder: Path, name: str) -> Pair:
     return Pair(folder / f"{name}.pem", folder / f"{name}.key")
 
 
-def write(folder: Path, hosts: Sequence[str], nodes: Sequence[str] = (), days: int = 365) -> None:
-    """Write an authority, a server's certificate and one for each node. An authority that is there is kept.
+def write(folder: Path, hosts: Sequence[str] = (), nodes: Sequence[str] = (), days: int = 365) -> list[str]:
+    """Write an authority, a server's certificate and one for each node.
+
+    An authority that is there is kept. So is a server's certificate, unless hosts are given: another one in its place
+    would not hold the names that nodes call the server by.
 
     Args:
         folder: gets ``ca.pem``, ``ca.key``, ``server.pem``, ``server.key`` and ``<node>.pem``, ``<node>.key``. Keys
             can be read by their owner only.
-        hosts: names and addresses under which nodes reach the server.
+        hosts: names and addresses under which nodes reach the server; of a first certificate by default ``LOCAL``.
         nodes: names of nodes that get a client certificate.
         days: until the certificates expire; the authority lives ten times as long.
 
+    Returns:
+        For whom a certificate was written, the authority apart.
+
     Raises:
-        TrellisError: the folder holds an authority without its key.
+        TrellisError: a node cannot have that name, or the folder holds an authority without its key.
     """
+    for node in nodes:
+        if not re.match(NAME, node) or node.lower() in (CA, SERVER):
+            raise TrellisError(
+                "certs-name", f"node {node!r}: a node's name is like {NAME}, and neither {CA!r} nor {SERVER!r}"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    authority = pair(folder, CA)
+    authority, server = pair(folder, CA), pair(folder, SERVER)
     if authority.certificate.exists():
         if not authority.key.exists():
             raise TrellisError("certs-no-key", f"{authority.certificate} is there, but {authority.key} is not")
@@ -61,10 +76,15 @@ def write(folder: Path, hosts: Sequence[str], nodes: Sequence[str] = (), days: i
         signer = ec.generate_private_key(ec.SECP256R1())
         issuer = _authority(signer, 10 * days)
         _store(authority, issuer, signer)
-    names = [_alternative(host) for host in hosts]
-    _issue(pair(folder, SERVER), hosts[0], names, ExtendedKeyUsageOID.SERVER_AUTH, issuer, signer, days)
+    written = list(nodes)
+    if hosts or not server.certificate.exists():
+        called = hosts or LOCAL
+        names = [_alternative(host) for host in called]
+        _issue(server, called[0], names, ExtendedKeyUsageOID.SERVER_AUTH, issuer, signer, days)
+        written.insert(0, f"{SERVER} ({', '.join(called)})")
     for node in nodes:
         _issue(pair(folder, node), node, [], ExtendedKeyUsageOID.CLIENT_AUTH, issuer, signer, days)
+    return written
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
