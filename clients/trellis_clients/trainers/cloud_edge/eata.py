@@ -41,13 +41,15 @@ class Eata(OnDeviceTrainer):
         fisher_weight: float = Field(1.0, ge=0, description="beta; 2000 in the paper's ImageNet runs")
         fisher_images: int = Field(200, ge=0, description="images that the Fisher diagonal is computed on")
 
-    def prepare(self, model: nn.Module, data: ClientData, state: State, turn: Turn) -> None:  # noqa: ARG002
+    def prepare(self, model: nn.Module, data: ClientData, state: State, turn: Turn) -> None:
         """Compute Fisher diagonal and anchor from the source model, before its first batch."""
         c = self.config
         if FISHER in state or not c.fisher_weight:
             return
         own = adaptation.affine(model)
-        images = data.train.subset(torch.arange(min(c.fisher_images, len(data.train)), device=data.train.rows.device))
+        # Drawn: of examples stored class by class the first are of one class, and so would a batch's statistics be.
+        drawn = torch.randperm(len(data.train), generator=turn.generator)[: c.fisher_images]
+        images = data.train.subset(drawn.to(data.train.rows.device))
         squares = {name: torch.zeros_like(values) for name, values in own.items()}
         model.eval()
         batches = list(in_order(images, c.stream.batch_size))
