@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ from trellis.data.streams import Stream
 from trellis.errors import PluginError
 from trellis.registry import register
 from trellis_clients import batchnorm
-from trellis_clients.trainer import Metrics, State, Task, Turn, in_order
+from trellis_clients.trainer import Metrics, State, Turn, in_order
 from trellis_clients.trainers.adaptation._views import another_view
 from trellis_clients.trainers.cloud_edge._edge import EdgeConfig, EdgeTrainer
 
@@ -34,17 +35,22 @@ RMT = "rmt"
 class Rmt(EdgeTrainer):
     """Doebler et al., "Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", CVPR 2023.
 
+    Objective, warm-up and defaults are those of the authors' code: ``classification/methods/rmt.py`` in
+    github.com/mariodoebler/test-time-adaptation.
+
     Student and teacher start as the source model and normalise by each batch's own statistics; all of the student's
     parameters adapt, and nothing is ever reset. A batch is answered by the sum of both models' logits, then the student
-    takes one step (`objective`): symmetric cross-entropy with the teacher on the images and on another view of them,
-    contrast between an image, its view and its nearest source prototype, and, with ``source_weight``, cross-entropy on
-    a batch of labelled source images. The teacher follows as a moving average of parameters.
+    takes one step of Adam (`objective`): symmetric cross-entropy with the teacher on the images and on another view of
+    them, contrast between an image, its view and its nearest source prototype, and, with ``source_weight``,
+    cross-entropy on a batch of labelled source images. The teacher follows as a moving average of parameters.
 
     Before its first batch a client computes the class means of the source features, which stay as they are, and warms
-    up on source images without their labels at a rate that rises from zero. Both need source data, which here are the
-    client's own clean training examples; classes it has none of have no prototype. A model is in evaluation mode
-    throughout (no dropout), where the authors' is in training mode. Views flip only if ``flip`` says so: a digit's
-    mirror image is none. The teacher's rate and the warm-up are for short streams; the paper's are in the config.
+    up on source images without their labels: symmetric cross-entropy with the teacher, whatever ``symmetric`` says, at
+    a rate that rises from zero. Both need source data, which here are the client's own clean training examples; classes
+    it has none of have no prototype. Models are in evaluation mode throughout (no dropout), as the authors' have been
+    since March 2023; in their first release they were in training mode. What the views lack is said in `another_view`;
+    they are mirrored only if ``flip`` says so: a digit's mirror image is none. The teacher's momentum, the projector
+    and the warm-up are for short streams; the paper's are in the config.
 
     **Federated.** Everything that adapts stays on the device, across rounds and restarts; nothing is uploaded. Averages
     of teachers in different domains would mix their adaptations, and projectors are each client's own. The source
@@ -54,7 +60,7 @@ class Rmt(EdgeTrainer):
     class Config(EdgeConfig):
         lr: float = Field(1e-3, gt=0, description="of Adam")
         beta1: float = Field(0.9, ge=0, lt=1)
-        source_weight: float = Field(0.0, ge=0, description="lambda_src; 0: without source data after the warm-up")
+        source_weight: float = Field(0.0, ge=0, description="lambda_src; 1 in the paper; 0 is its source-free variant")
         target_weight: float = Field(1.0, ge=0, description="lambda_trg, of the symmetric cross-entropy")
         contrast_weight: float = Field(1.0, ge=0, description="lambda_cont")
         symmetric: bool = Field(True, description="False: cross-entropy to the teacher only, as a plain mean teacher")
@@ -64,13 +70,13 @@ class Rmt(EdgeTrainer):
         warmup_images: int = Field(1000, ge=0, description="50000")
         flip: bool = Field(False, description="views may be mirror images")
 
-    config: Config
+        def model_post_init(self, _: object) -> None:
+            if self.momentum:
+                raise ValueError(f"momentum is {self.momentum}, but rmt steps by Adam: set beta1, and leave it at 0")
+            if self.max_grad_norm is not None:
+                raise ValueError(f"max_grad_norm is {self.max_grad_norm}, but rmt clips no gradients: leave it out")
 
-    def __init__(self, config: Config, task: Task) -> None:
-        super().__init__(config, task)
-        # One turn's: the stream, for its way between pixels and inputs, and the images that may be replayed.
-        self.lens: Stream | None = None
-        self.replay: Split | None = None
+    config: Config
 
     def build(self) -> nn.Module:
         """Return the scenario's model, all of which adapts.
@@ -90,20 +96,20 @@ class Rmt(EdgeTrainer):
 
     def prepare(self, model: nn.Module, data: ClientData, state: State, turn: Turn) -> None:
         """Compute prototypes and warm up, before the first batch."""
-        self.lens, self.replay = self.stream(data), data.train
+        turn.data = data  # for `adapt`, which replays source images and needs the stream's way to pixels
         if RMT not in state:
-            own = Adapting(self.config, model)
-            own.prototypes = prototypes(model, data.train, self.task.num_classes)
-            self._warm_up(own, data.train, turn)
+            own = Adapting(self.config, model, data.train, self.stream(data))
+            own.prototypes = prototypes(model, data.train, self.task.num_classes, turn.generator)
+            self._warm_up(own, turn)
             state[RMT] = own.state()
 
-    def _warm_up(self, own: Adapting, source: Split, turn: Turn) -> None:
+    def _warm_up(self, own: Adapting, turn: Turn) -> None:
         size = self.config.stream.batch_size
-        steps = self.config.warmup_images // size if len(source) >= 2 else 0
+        steps = self.config.warmup_images // size if len(own.source) >= 2 else 0
         for step in range(steps):
-            x = source.batch(_drawn(source, size, turn)).x
+            x = own.source.batch(_drawn(own.source, size, turn.generator)).x
             for group in own.optimizer.param_groups:
-                group["lr"] = self.config.lr * (step + 1) / steps
+                group["lr"] = self.config.lr * ((step + 1) / steps)
             with batchnorm.batch_statistics(own.student), batchnorm.batch_statistics(own.teacher):
                 with torch.no_grad():
                     target = own.teacher(x)
@@ -114,7 +120,8 @@ class Rmt(EdgeTrainer):
 
     def adapt(self, model: nn.Module, stream: Iterable[Batch], state: State, turn: Turn) -> Iterator[Tensor]:
         """Answer each batch by student and teacher, then take a step on it."""
-        own = Adapting(self.config, model, state[RMT])
+        assert turn.data is not None, "prepare() comes before the stream"
+        own = Adapting(self.config, model, turn.data.train, self.stream(turn.data), state[RMT])
         for batch in stream:
             with batchnorm.batch_statistics(own.student), batchnorm.batch_statistics(own.teacher):
                 with torch.no_grad():
@@ -137,9 +144,8 @@ class Rmt(EdgeTrainer):
         self, own: Adapting, x: Tensor, features: Tensor, logits: Tensor, target: Tensor, turn: Turn
     ) -> Tensor:
         """Return the loss of a batch ``x``, of which the student's features and logits and the teacher's logits are."""
-        c, lens = self.config, self.lens
-        assert lens is not None, "prepare() comes before the stream"
-        view = lens.to_inputs(another_view(lens.to_pixels(x), turn.generator, c.flip))
+        c = self.config
+        view = own.lens.to_inputs(another_view(own.lens.to_pixels(x), turn.generator, c.flip))
         seen: Tensor = own.student.features(view)  # type: ignore[operator]
         other: Tensor = own.student.head(seen)  # type: ignore[operator]
         if c.symmetric:
@@ -152,44 +158,60 @@ class Rmt(EdgeTrainer):
             anchors = nearest(features.detach(), own.prototypes)
             views = torch.stack([own.projector(each) for each in (anchors, features, seen)])
             loss = loss + c.contrast_weight * contrast(views, c.temperature)
-        if c.source_weight and self.replay is not None:
-            source = self.replay.batch(_drawn(self.replay, len(x), turn))
-            loss = loss + c.source_weight * F.cross_entropy(own.student(source.x), source.y)
+        if c.source_weight:
+            replayed = own.source.batch(_drawn(own.source, len(x), turn.generator))
+            loss = loss + c.source_weight * F.cross_entropy(own.student(replayed.x), replayed.y)
+            self.work.forwards += len(replayed)
+            self.work.backwards += len(replayed)
         return loss
 
     def answer(self, action: str, model: nn.Module, data: ClientData, state: State, turn: Turn) -> Metrics:
-        """Answer as the family does; in the last round also test the student on the stream's clean images."""
+        """Answer as the family does; in the last round also test on the stream's images before their harm.
+
+        ``clean-accuracy`` is the student's, by batch statistics; ``source-clean-accuracy`` that of the untouched source
+        model, by the statistics it came with.
+        """
         metrics = super().answer(action, model, data, state, turn)
         if action == "stream" and turn.round == turn.num_rounds:
+            shuffled = data.test.subset(_drawn(data.test, len(data.test), turn.generator))
             with batchnorm.batch_statistics(model):
-                metrics["clean-accuracy"] = self.evaluate(model, data.test, turn)["accuracy"]
+                metrics["clean-accuracy"] = self.evaluate(model, shuffled, turn)["accuracy"]
+            source = copy.deepcopy(model)
+            self._deploy(source, state, turn)
+            metrics["source-clean-accuracy"] = self.evaluate(source, shuffled, turn)["accuracy"]
         return metrics
 
 
 class Adapting:
-    """One client's student, teacher, projector, optimizer and prototypes for the length of a turn.
+    """All that one client's turn works with: student, teacher, projector, optimizer, prototypes, source, stream.
 
     Args:
         config: the trainer's.
-        source: the source model; student and teacher begin as its copies.
+        model: the source model; student and teacher begin as its copies.
+        source: the client's labelled source examples.
+        lens: the client's stream, for its way between pixels and inputs.
         kept: what ``state`` returned at the end of the last turn.
     """
 
-    def __init__(self, config: Rmt.Config, source: nn.Module, kept: State | None = None) -> None:
-        self.config = config
-        width = int(source.head.in_features)  # type: ignore[union-attr, arg-type]
-        self.student = copy.deepcopy(source).eval().requires_grad_(True)
-        self.teacher = copy.deepcopy(source).eval().requires_grad_(False)
+    def __init__(
+        self, config: Rmt.Config, model: nn.Module, source: Split, lens: Stream, kept: State | None = None
+    ) -> None:
+        self.config, self.source, self.lens = config, source, lens
+        width = int(model.head.in_features)  # type: ignore[union-attr, arg-type]
+        self.student = copy.deepcopy(model).eval().requires_grad_(True)
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.projector = nn.Sequential(
             nn.Linear(width, config.projector), nn.ReLU(), nn.Linear(config.projector, config.projector)
-        ).to(next(source.parameters()).device)
+        ).to(next(model.parameters()).device)
         self.prototypes = torch.empty(0, width)
         if kept is not None:
             self.prototypes = kept["prototypes"]
             for name in ("student", "teacher", "projector"):
                 getattr(self, name).load_state_dict(kept[name])
         trained = [*self.student.parameters(), *self.projector.parameters()]
-        self.optimizer = torch.optim.Adam(trained, lr=config.lr, betas=(config.beta1, 0.999))
+        self.optimizer = torch.optim.Adam(
+            trained, lr=config.lr, betas=(config.beta1, 0.999), weight_decay=config.weight_decay
+        )
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
 
@@ -213,13 +235,16 @@ def surprise(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prototypes(model: nn.Module, source: Split, classes: int) -> Tensor:
+def prototypes(model: nn.Module, source: Split, classes: int, generator: torch.Generator) -> Tensor:
     """Return the mean features of each class that a source split has, ``(classes present, D)``.
 
-    Batches normalise by their own statistics, as those of the stream will.
+    Batches normalise by their own statistics, as those of the stream will. Their order is drawn: of examples that are
+    stored class by class, a batch in order would have the statistics of one class.
     """
     model.eval()
-    batches = list(in_order(source, 256))
+    shuffled = source.subset(_drawn(source, len(source), generator))
+    size = math.ceil(len(source) / math.ceil(len(source) / 256))  # even batches: a last one of few has poor statistics
+    batches = list(in_order(shuffled, size))
     with batchnorm.batch_statistics(model):
         z = torch.cat([model.features(batch.x) for batch in batches])  # type: ignore[operator]
     y = torch.cat([batch.y for batch in batches])
@@ -244,6 +269,6 @@ def contrast(views: Tensor, temperature: float) -> Tensor:
     return -log[positive].mean()
 
 
-def _drawn(split: Split, count: int, turn: Turn) -> Tensor:
+def _drawn(split: Split, count: int, generator: torch.Generator) -> Tensor:
     """Draw positions of a split without repetition, as many as asked or as there are."""
-    return torch.randperm(len(split), generator=turn.generator)[:count].to(split.rows.device)
+    return torch.randperm(len(split), generator=generator)[:count].to(split.rows.device)
