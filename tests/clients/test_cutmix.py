@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from federations import sha
 from test_bits import resumed
+from trellis.errors import ScenarioError
 from trellis.models import torchvision_shim
 from trellis_clients import contract
 from trellis_clients.trainers.augmentation import cutmix
@@ -96,6 +98,34 @@ def test_torchvision_makes_the_same_boxes_and_images():
         torch.testing.assert_close(mixed_labels(y, order, visible((16, 12), box), 7), labels)
 
 
+def test_timm_draws_the_same_boxes_up_to_an_odd_pixel_and_the_same_lambda_on_average():
+    """timm's box of an odd side has a pixel more at its end, where the paper's code drops it."""
+    assert torchvision_shim.make_importable()
+    from timm.data.mixup import Mixup
+
+    side = 224
+    theirs = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=2)
+    state = np.random.get_state()  # timm draws from NumPy's global generator
+    kept = []
+    try:
+        for seed in range(2000):
+            np.random.seed(seed)
+            kept.append(float(theirs(torch.zeros(2, 1, side, side), torch.tensor([0, 1]))[1][0, 0]))
+            np.random.seed(seed)
+            np.random.rand()  # whether to mix at all
+            drawn = np.random.beta(1.0, 1.0)
+            centre = tuple(int(np.random.randint(0, side)) for _ in range(2))
+            box, odd = box_of((side, side), drawn, centre), int(side * math.sqrt(1 - drawn)) % 2
+            box = Box(box.top, min(box.bottom + odd, side), box.left, min(box.right + odd, side))
+            assert kept[-1] == pytest.approx(visible((side, side), box), abs=1e-6)
+    finally:
+        np.random.set_state(state)
+    generator = torch.Generator().manual_seed(3)
+    ours = [visible((side, side), box_of((side, side), *draw)) for draw in draws(2000, generator, (side, side))]
+    assert np.mean(kept) == pytest.approx(np.mean(ours), abs=0.02)  # the difference's standard error is 0.009
+    assert np.mean(ours) == pytest.approx(0.682, abs=0.015)
+
+
 def test_the_loss_is_of_a_mixed_batch_under_the_turns_own_draws():
     trainer, model, batch, turn = contract.bench(SCENARIO, ["variants={}", "trainer.probability=1.0"])
     state = turn.generator.get_state()
@@ -121,15 +151,29 @@ def test_probability_zero_is_plain_training_and_one_image_is_left_alone():
 
 
 def test_the_drawn_lambda_can_be_kept():
-    """At a corner three quarters of the box are cut off: the label then claims what the image does not show."""
-    box = box_of((16, 16), 0.36, (0, 0))
-    assert visible((16, 16), box) == 1 - 36 / 256
-    losses = {}
-    for on in ("true", "false"):
-        overrides = ["variants={}", "trainer.probability=1.0", f"trainer.lambda_from_box={on}"]
-        trainer, model, batch, turn = contract.bench(SCENARIO, overrides)
-        losses[on] = float(trainer.loss(model, batch, turn).detach())
-    assert losses["true"] != losses["false"]
+    """The label then has the share that was drawn, however much of the box the border has cut off."""
+    overrides = ["variants={}", "trainer.probability=1.0", "trainer.lambda_from_box=false"]
+    trainer, model, batch, turn = contract.bench(SCENARIO, overrides)
+    cut_off = 0
+    for seed in range(8):
+        turn.generator.manual_seed(seed)
+        loss = trainer.loss(model, batch, turn)
+        turn.generator.manual_seed(seed)
+        torch.rand((), generator=turn.generator)
+        drawn = cutmix.beta(1.0, turn.generator)
+        centre = tuple(int(torch.randint(16, (), generator=turn.generator)) for _ in range(2))
+        box, order = box_of((16, 16), drawn, centre), torch.randperm(8, generator=turn.generator)
+        logits = model(pasted(batch.x, order, box))
+        own, other = F.cross_entropy(logits, batch.y), F.cross_entropy(logits, batch.y[order])
+        torch.testing.assert_close(loss, drawn * own + (1 - drawn) * other)
+        cut_off += abs(visible((16, 16), box) - drawn) > 0.1
+    assert cut_off >= 2  # of these draws some tell the two shares apart
+
+
+def test_an_alpha_too_small_to_draw_from_is_refused():
+    """Far below a hundredth both Gamma variables are zero in double precision, and there is no lambda."""
+    with pytest.raises(ScenarioError, match=r"alpha.*0\.01"):
+        contract.bench(SCENARIO, ["variants={}", "trainer.alpha=0.001"])
 
 
 def test_a_run_resumes_to_the_same_bits(tmp_path):

@@ -37,7 +37,8 @@ class Box(NamedTuple):
     sends="weights",
 )
 class CutMix(Trainer):
-    """Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers", ICCV 2019, section 3.
+    """Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV
+    2019, section 3.
 
     With probability ``probability`` a batch is mixed (equations 1 and 2): one lambda from Beta(alpha, alpha), one
     permutation and one box a batch, as in the authors' code. The centre of the box is uniform over the pixels, so
@@ -51,7 +52,7 @@ class CutMix(Trainer):
     """
 
     class Config(TrainerConfig):
-        alpha: float = Field(1.0, gt=0, description="of the Beta distribution of lambda; 1 is uniform")
+        alpha: float = Field(1.0, ge=0.01, description="of the Beta distribution of lambda; 1 is uniform")
         probability: float = Field(0.5, ge=0, le=1, description="of mixing a batch; 1 on ImageNet")
         lambda_from_box: bool = Field(True, description="False keeps the lambda that was drawn, borders or not")
 
