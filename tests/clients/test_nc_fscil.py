@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from federations import lines, run
 from trellis import experiment, flower, records, scenario
-from trellis.errors import DataError, ScenarioError
+from trellis.data.base import Batch
+from trellis.errors import DataError, PluginError, ScenarioError
 from trellis.runs import Run
 from trellis_clients import client_state, contract
 from trellis_clients.contract import site_of
@@ -82,6 +83,44 @@ def test_other_classes_places_do_not_enter_the_loss():
     assert losses[0] == losses[1]
 
 
+def test_the_objective_of_round_one_is_w_halves_of_the_squared_gap_to_one():
+    site = site_of(FILE, [*SMALL, "trainer.weight=3.0"])
+    batch = site.federation.client(0).train.batch(torch.arange(12))
+    turn = turn_of(site, 1)
+    loss = site.trainer.loss(site.model, batch, turn)
+    h = site.model.neck(site.model.backbone(batch.x)).detach().double()
+    cosines = torch.stack([h[i] @ site.model.etf[:, y].double() / h[i].norm() for i, y in enumerate(batch.y.tolist())])
+    torch.testing.assert_close(loss.double(), 3.0 / 2 * ((cosines - 1) ** 2).mean(), rtol=1e-5, atol=0)
+    assert torch.equal(turn.generator.get_state(), turn_of(site, 1).generator.get_state())  # nothing to mix: no draw
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+@pytest.mark.parametrize("mix", [1.0, 0.0])
+def test_a_sessions_objective_summed_by_hand(mix, lengths):
+    """w/2 of the mean of (l m . mu - l)^2; mixed steps take the mean of two features under both labels."""
+    overrides = [f"trainer.mix={mix}", f"trainer.lengths={str(lengths).lower()}", "trainer.weight=3.0"]
+    site = site_of(FILE, [*SMALL, *overrides])
+    maps = torch.randn(8, 8, 2, 2, generator=torch.Generator().manual_seed(5))
+    labels = [0, 6, 6, 6, 7, 7, 3, 0]
+    turn = turn_of(site, 7, seed=4)
+    loss = site.trainer.loss(site.model, Batch({"maps": maps, "y": torch.tensor(labels)}, torch.arange(8)), turn)
+    features = site.model.neck(maps).detach().double()
+    generator = turn_of(site, 7, seed=4).generator
+    torch.rand((), generator=generator)
+    order = torch.randperm(8, generator=generator).tolist() if mix else list(range(8))
+    mean_count = 8 / 4  # four classes are in the batch
+    total = 0.0
+    for i in range(8):
+        h = (features[i] + features[order[i]]) / 2
+        for label in (labels[i], labels[order[i]]):
+            length = math.sqrt(mean_count / labels.count(label)) if lengths else 1.0
+            cosine = float(h @ site.model.etf[:, label].double() / h.norm())
+            total += (length * cosine - length) ** 2 / 2
+    assert float(loss.detach()) == pytest.approx(3.0 * total / 16, rel=1e-5)
+    # Were the order its own inverse, both labels' losses would be the same sum.
+    assert not mix or [order[i] for i in order] != list(range(8))
+
+
 def test_length_factors():
     torch.testing.assert_close(nc_fscil.length_factors(torch.tensor([4, 1, 9])), torch.ones(3))
     found = nc_fscil.length_factors(torch.tensor([2, 7, 7, 7]))
@@ -125,21 +164,58 @@ def test_a_session_trains_the_neck_alone_on_what_the_client_keeps():
     assert {len(maps) for label, maps in kept.items() if label < 8} == {1}
 
 
-def test_base_images_are_not_read_again():
-    """After a client's first session turn its base images can be gone: the next turn gives the same bits."""
+@pytest.mark.parametrize("stored", [False, True])
+def test_base_images_are_not_read_again(stored):
+    """After a client's first session turn the images it has seen can be gone: the next turn gives the same bits.
+
+    So it is where that turn is another process's, which has the client's state from a file.
+    """
     results = []
     for erase in (False, True):
-        site = site_of(FILE, SMALL)
-        state = {}
+        site, state = site_of(FILE, SMALL), {}
         site.trainer.fit(site.model, site.federation.client(0), state, turn_of(site, 7))
+        if erase and stored:
+            learnt = site.trainer.shared(site.model)
+            site, state = site_of(FILE, SMALL), client_state.unpack(client_state.pack(state))
+            site.trainer.load_shared(site.model, learnt)
         x, y = (site.federation.data.train.fields[name] for name in ("x", "y"))
         before = x.clone()
         if erase:
             x[y < 8] = torch.nan
-        site.trainer.fit(site.model, site.federation.client(0), state, turn_of(site, 9))
+        try:
+            site.trainer.fit(site.model, site.federation.client(0), state, turn_of(site, 9))
+        finally:
+            x.copy_(before)  # data sets are kept for the life of the process
         results.append(site.model.neck.shortcut.weight.clone())
-        x.copy_(before)  # data sets are kept for the life of the process
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("classifier", ["etf", "learnable"])
+def test_a_replay_takes_the_base_sessions_own_steps(classifier, monkeypatch):
+    """The overhead probe asks for batches of all a client holds; those of later classes are not trained on."""
+    site = site_of(FILE, [*SMALL, f"trainer.classifier={classifier}"])
+    labels, backward = [], site.trainer.backward
+
+    def seen(model, batch, turn):
+        labels.append(batch.y.tolist())
+        return backward(model, batch, turn)
+
+    monkeypatch.setattr(site.trainer, "backward", seen)
+    turns = [turn_of(site, 1) for _ in range(2)]
+    site.train(turns[0], {})
+    trained = list(labels)
+    labels.clear()
+    assert site.bare(turns[1], {})["metrics"]["bare_s"] > 0
+    assert labels == trained
+    assert max(map(max, labels)) == 5
+
+
+def test_a_sessions_replay_is_refused():
+    """Its steps are on maps that only `fit` has; raw images would time what no client does."""
+    site = site_of(FILE, SMALL)
+    with pytest.raises(PluginError, match=r"session 1 of trainer 'nc-fscil' .* only x and y") as caught:
+        site.bare(turn_of(site, 7), {})
+    assert caught.value.code == "fscil-maps"
 
 
 def test_predictions_are_among_the_classes_seen():
@@ -167,10 +243,15 @@ def test_a_client_without_images_of_the_classes_so_far():
 
 
 @pytest.mark.parametrize(
-    ("override", "code"), [("trainer.dim=9", "fscil-dimension"), ("trainer.base_classes=10", "fscil-classes")]
+    ("override", "code", "text"),
+    [
+        ("trainer.dim=9", "fscil-dimension", "trainer.dim is 9; .* 10 classes needs at least 10"),
+        ("trainer.base_classes=10", "fscil-classes", "trainer.base_classes is 10; .* must be at most 9"),
+        ("trainer.widths=[4, 4, 4, 4]", "fscil-widths", "trainer.widths has 4 blocks, .* 8x8 pixels allow at most 3"),
+    ],
 )
-def test_classes_that_do_not_fit(override, code):
-    with pytest.raises(ScenarioError) as caught:
+def test_what_does_not_fit_is_named_with_what_would(override, code, text):
+    with pytest.raises(ScenarioError, match=text) as caught:
         site_of(FILE, [*SMALL, override])
     assert caught.value.code == code
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from trellis import seeding
 from trellis.data.base import Batch, ClientData, Split
-from trellis.errors import DataError, ScenarioError
+from trellis.errors import DataError, PluginError, ScenarioError
 from trellis.models._base import image_shape
 from trellis.registry import register
 from trellis_clients.trainer import Metrics, NonNegative, State, Task, Trainer, TrainerConfig, Turn, in_order
@@ -75,7 +75,8 @@ class NcFscil(Trainer):
     Predictions are over the classes seen so far. Test examples of later classes do not count yet.
 
     In a federation the frame is drawn from the seed on every side alike. Mean maps are private: they live in the
-    client's state, and after the base session no base image is read again. In sessions the backbone does not change
+    client's state. Training images of base classes are read in the base session, and once more in a client's first
+    turn of a session, for their mean maps; after that turn none is. In sessions the backbone does not change
     (``frozen``), so the strategy ``partial`` sends it once and the neck alone from then on; ``fedavg`` gives the same
     bits with more traffic. A client with no image of the classes so far trains nothing and sends back what it got: set
     ``screening.allow_unchanged`` where labels are that skewed.
@@ -120,15 +121,17 @@ class NcFscil(Trainer):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__(config, task)
-        if not config.base_classes < task.num_classes:
+        classes = task.num_classes
+        if not config.base_classes < classes:
             raise ScenarioError(
                 "fscil-classes",
-                f"trainer.base_classes is {config.base_classes} of {task.num_classes} classes; some must be left",
+                f"trainer.base_classes is {config.base_classes}; of the data's {classes} classes some must come later,"
+                f" so it must be at most {classes - 1}",
             )
-        if config.dim < task.num_classes:
+        if config.dim < classes:
             raise ScenarioError(
                 "fscil-dimension",
-                f"trainer.dim is {config.dim}; a simplex of {task.num_classes} classes needs at least as many features",
+                f"trainer.dim is {config.dim}; a simplex of the data's {classes} classes needs at least {classes}",
             )
 
     # -- phases ---------------------------------------------------------------------------------------
@@ -152,7 +155,13 @@ class NcFscil(Trainer):
 
     def build(self) -> NcFscilModel:
         c = self.config
-        channels, _, _ = image_shape(self.task.shape, "nc-fscil", 2 ** len(c.widths))
+        channels, height, width = image_shape(self.task.shape, "nc-fscil", 2)
+        if (most := int(math.log2(min(height, width)))) < len(c.widths):
+            raise ScenarioError(
+                "fscil-widths",
+                f"trainer.widths has {len(c.widths)} blocks, each of which halves the image; images of {height}x{width}"
+                f" pixels allow at most {most}",
+            )
         etf = simplex_etf(c.dim, self.task.num_classes, seeding.torch_generator(self.task.seed, "simplex"))
         head = nn.Linear(c.dim, self.task.num_classes) if c.classifier == "learnable" else None
         return NcFscilModel(ResNet12(channels, c.widths), Neck(c.widths[-1], c.dim), etf, head)
@@ -164,7 +173,7 @@ class NcFscil(Trainer):
 
     def fit(self, model: nn.Module, data: ClientData, state: State, turn: Turn) -> Metrics:
         session = self.session(turn.round)
-        train = self.memory(model, data.train, state, session) if session else self.upto(data.train, 0)
+        train = self.memory(model, data.train, state, session) if session else self.upto(data.train, session)
         counted = max(len(train), 1)
         return {**super().fit(model, replace(data, train=train), state, turn), "num-examples": counted}
 
@@ -175,9 +184,17 @@ class NcFscil(Trainer):
         return torch.optim.SGD(trained, lr=lr, momentum=c.momentum, weight_decay=c.weight_decay)
 
     def batches(self, split: Split, turn: Turn) -> Iterator[Batch]:
-        if not self.session(turn.round):
-            yield from (batch for batch in super().batches(split, turn) if len(batch) > 1)  # batch norm needs two
+        session = self.session(turn.round)
+        if not session:
+            shown = self.upto(split, session)
+            yield from (batch for batch in super().batches(shown, turn) if len(batch) > 1)  # batch norm needs two
             return
+        if "maps" not in split.fields:  # raw examples, from a replay of the turn that knows nothing of `fit`
+            raise PluginError(
+                "fscil-maps",
+                f"session {session} of trainer 'nc-fscil' trains on maps that a client keeps; these examples have only"
+                f" {' and '.join(split.fields)}: rounds of sessions cannot be replayed",
+            )
         size = min(self.config.session_batch, len(split))
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(self.config.session_steps if size else 0):
