@@ -9,29 +9,26 @@ are answered before, between and after tasks, and go on when the server is away 
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from os import getpid
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trellis.deploy.joining import NodeConfig, Where
+from trellis.deploy.node_metrics import NodeMetrics
+from trellis.deploy.stopping import AT_ONCE, Stopping
 from trellis.errors import DataError, GridError, RunError, TrellisError
 from trellis.wire import content as wire
 from trellis.wire.generated import link_pb2 as pb
 from trellis_clients.link import edge_duty
-from trellis_clients.link.connection import Connection, EndedError, Identity
+from trellis_clients.link.agenda import EndedError, TaskCancelledError
+from trellis_clients.link.connection import Connection, Identity
 from trellis_clients.link.edge_device import Account, Device, Serving, account_of, packed
-from trellis_clients.link.store import Store, instance_of, write
-
-log = logging.getLogger("trellis.node")
+from trellis_clients.link.lines import plain
+from trellis_clients.link.store import Store, held, instance_of, name_of, write
 
 STREAM = "train.stream"
 ENCODINGS = {"none": pb.ENCODING_NONE, "zstd": pb.ENCODING_ZSTD}
@@ -43,6 +40,9 @@ LOOK_S = 0.05
 
 LAST_SHARE = 0.1
 """Share of a task's time that is kept for its answer to arrive."""
+
+DRAIN_S = 4.0
+"""Time for requests that are being answered when a device is told to stop; again as much at most for its state."""
 
 
 class EdgeNode:
@@ -66,7 +66,9 @@ class EdgeNode:
         encoding: pb.Encoding = pb.ENCODING_NONE,
         announced: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.connection = Connection(identity)
+        self.metrics = NodeMetrics(None)
+        self.connection = Connection(identity, folder, self.metrics.count)
+        self.log = self.connection.log
         self.folder, self.serving, self.model = folder, serving, model
         self.encoding, self.announced = encoding, announced
         self.device: Device | None = None
@@ -75,7 +77,7 @@ class EdgeNode:
         self._stop = threading.Event()
 
     def run(self) -> str:
-        """Serve until ``stop``; return the server's last word.
+        """Serve until ``stop``; return the server's last word, "" if it was told to stop before.
 
         Raises:
             TrellisError: the server does not want this node, or is lost for good, before there was anything to serve;
@@ -99,12 +101,12 @@ class EdgeNode:
                 reason = str(error)
             self.connection.close("it stops")
             if self.device is not None and not self._stop.is_set():
-                log.info("no tasks any more; serving goes on", extra={"reason": reason})
+                self.log.info("no tasks any more; serving goes on", extra={"reason": reason})
                 self._stop.wait()
         finally:
             self.connection.close("it stops")
             if self.device is not None:
-                self.device.stop()
+                self.device.stop(DRAIN_S)
         return reason
 
     def stop(self) -> None:
@@ -116,26 +118,44 @@ class EdgeNode:
 
     def _answer(self, task: pb.Task) -> None:
         started = time.perf_counter()
+        self.log.about.update(task=task.id, cell=plain(task.cell), kind=plain(task.kind))
         try:
-            verdict = self._submit(task)
+            said = pb.Verdict.Name(self._verdict(task)).removeprefix("VERDICT_").lower()
+        except TaskCancelledError:
+            self.log.info("task cancelled")
+        except DataError as error:  # the server does not take a failure either; its deadline ends the task
+            self.log.error("failure not reported", extra={"reason": str(error)})
+        else:
+            seconds = time.perf_counter() - started
+            self.metrics.count("task", {"kind": plain(task.kind), "verdict": said, "seconds": f"{seconds:.6f}"})
+            if self.device is not None:
+                self.device.tasks.labels(said).inc()
+                self.metrics.count("store", {"value": str(self.device.store.num_bytes)})
+            self.log.info("task done", extra={"verdict": said, "seconds": round(seconds, 3)})
+        finally:
+            for field in ("task", "cell", "kind", "round"):
+                self.log.about.pop(field, None)
+
+    def _verdict(self, task: pb.Task) -> int:
+        """Answer a task, if need be with a failure: a fault in a task must not end a device that others ask."""
+        try:
+            return self._submit(task)
         except EndedError:
-            if self.connection.cancelled(task.id):
-                log.info("task cancelled", extra={"task": task.id})
-                return
             raise
+        except GridError as error:
+            if self.device is None:  # it cannot serve where it was told to
+                self.connection.submit(task.id, None, (FAILED_CLIENT, str(error)))
+                raise
+            reason = str(error)
         except TrellisError as error:
-            log.error("task failed", extra={"task": task.id, "reason": str(error)})
-            verdict = self.connection.submit(task.id, None, (FAILED_CLIENT, str(error)))
-            if isinstance(error, GridError) and self.device is None:
-                raise  # it cannot serve where it was told to
-        except Exception as error:  # a fault in a task must not end a device that others ask
-            log.exception("task failed", extra={"task": task.id})
-            verdict = self.connection.submit(task.id, None, (FAILED_CLIENT, f"{type(error).__name__}: {error}"))
-        said = pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
-        if self.device is not None:
-            self.device.tasks.labels(said).inc()
-        log.info("task done", extra={"task": task.id, "kind": task.kind, "verdict": said,
-                                     "seconds": round(time.perf_counter() - started, 3)})  # fmt: skip
+            reason = str(error)
+        except OSError as error:
+            reason = str(RunError("node-store", f"what this device keeps cannot be read or written: {error}"))
+        except Exception as error:
+            self.log.exception("task failed")
+            reason = f"{type(error).__name__}: {error}"
+        self.log.error("task failed", extra={"reason": plain(reason)})
+        return self.connection.submit(task.id, None, (FAILED_CLIENT, reason))
 
     def _submit(self, task: pb.Task) -> int:
         if task.kind != STREAM:
@@ -155,31 +175,31 @@ class EdgeNode:
                 raise
         else:
             account = account_of(store.state_after(task.id))
-            log.info("task known", extra={"task": task.id})
+            self.log.info("task known")
         try:
             return self._hand_in(task.id, answer, account, device)
-        except EndedError:
-            if self.connection.cancelled(task.id):
-                store.dropped(task.id)
-                device.kept_back(account)
+        except TaskCancelledError:
+            self._note(store.dropped, task.id)
+            device.kept_back(account)
             raise
 
     def _hand_in(self, task: str, answer: bytes, account: Account, device: Device) -> int:
         """Submit an answer, and note down what became of it."""
         verdict, store = self.connection.submit(task, answer, encoding=self.encoding), device.store
         wanted, before = verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE), store.counts(task)
-        try:
-            if wanted:
-                store.accepted(task)
-            else:
-                store.dropped(task)
-        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
-            log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
+        self._note(store.accepted if wanted else store.dropped, task)
         if not wanted:
             device.kept_back(account)
         elif not before:  # else the server lost it and was given it again
             device.delivered(account)
         return verdict
+
+    def _note(self, verdict: Callable[[str], None], task: str) -> None:
+        """Have the store note what became of an answer."""
+        try:
+            verdict(task)
+        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
+            self.log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
 
     def _settle(self, device: Device, current: str) -> None:
         """Ask what became of answers that the process before was killed over: nothing shall be reported twice."""
@@ -197,6 +217,8 @@ class EdgeNode:
         end = time.monotonic() + task.seconds_left * (1 - LAST_SHARE)
         config, arrays = self._record(task, "config"), self._record(task, "arrays")
         batches = config.values.get("batches") if config is not None else None
+        if config is not None and isinstance(number := config.values.get("server-round"), int):
+            self.log.about["round"] = number
         if arrays is None or not isinstance(batches, int) or batches < 1:
             raise DataError(
                 "edge-task", f"{STREAM!r} comes with the records 'arrays' and 'config', and 'batches' in it"
@@ -226,17 +248,17 @@ class EdgeNode:
 
     def _device(self, task: pb.Task) -> Device:
         """Return the device for a task's cell; one that is not live yet is made and begins to serve."""
-        joined = self.connection.joined
-        assert joined is not None
-        key = f"{joined.run}/{task.setup.digest}"
+        place = self.connection.agenda.place(task.id)
+        whose = f"{place.run}/{place.client}"
+        key = f"{whose}/{task.setup.digest}"
         if self.device is not None and self._key == key:
             return self.device
         setup = bytes(self.connection.payload(task.setup, task.id))
         duty = edge_duty.read(setup)
-        if self.device is not None and self._key == f"{joined.run}/{duty.cell}":  # taken up after a restart
+        if self.device is not None and self._key == f"{whose}/{duty.cell}":  # taken up after a restart
             self._key = key
             return self.device
-        store = Store(self.folder, joined.run, duty.cell, joined.keep_answers)
+        store = Store(self.folder, place.run, duty.cell, place.client, place.keep_answers)
         own = store.folder / "device"
         own.mkdir(exist_ok=True)
         model = self.model or own / "model.onnx"
@@ -251,8 +273,8 @@ class EdgeNode:
             write(model, sent.values["onnx"].tobytes())
         write(own / "setup.json", setup)
         self._serve(duty, store, model)
-        place = {"run": joined.run, "cell": duty.cell, "keep": joined.keep_answers}
-        write(self.folder / "device.json", json.dumps(place).encode())
+        kept = {"run": place.run, "cell": duty.cell, "client": place.client, "keep": place.keep_answers}
+        write(self.folder / "device.json", json.dumps(kept).encode())
         self._key = key
         assert self.device is not None
         return self.device
@@ -260,33 +282,35 @@ class EdgeNode:
     def _serve(self, duty: edge_duty.Duty, store: Store, model: Path) -> None:
         """Begin to serve; what was served before ends first, as two do not fit on one address."""
         device = Device(duty, store, model, self.serving)
+        device.runtime.metrics.registry.register(self.metrics)  # a node's figures stand on the device's page
         if self.device is not None:
-            self.device.stop()
+            self.device.stop(DRAIN_S)
             self.device = None
         described = device.start()
         self.device = device
         self.serving = replace(self.serving, address=device.server.where)  # port 0 stays what it became
-        log.info("serving", extra={"cell": duty.cell})
+        self.log.info("serving", extra={"cell": duty.cell})
         self.announced(described)
 
     def _take_up(self) -> None:
         """Serve what was served last, where anything was; without the server."""
         try:
             place = json.loads((self.folder / "device.json").read_bytes())
-            store = Store(self.folder, str(place["run"]), str(place["cell"]), int(place["keep"]))
+            client = int(place["client"])
+            store = Store(self.folder, str(place["run"]), str(place["cell"]), client, int(place["keep"]))
             own = store.folder / "device"
             duty = edge_duty.read((own / "setup.json").read_bytes())
             model = self.model or own / "model.onnx"
             if not model.exists():
                 return
             self._serve(duty, store, model)
-            self._key = f"{place['run']}/{duty.cell}"
+            self._key = f"{place['run']}/{client}/{duty.cell}"
         except FileNotFoundError:
             return
         except GridError:
             raise  # its own address is taken
-        except (TrellisError, ValueError, KeyError, TypeError) as error:
-            log.warning("what was served last is not taken up", extra={"reason": str(error)})
+        except (TrellisError, OSError, ValueError, KeyError, TypeError) as error:
+            self.log.warning("what was served last is not taken up", extra={"reason": str(error)})
 
 
 def run(
@@ -301,8 +325,9 @@ def run(
     threads: int = 1,
     give_up_after_s: float | None = None,
     metrics_address: str | None = None,
+    stopping: Stopping | None = None,
 ) -> str:
-    """Be a device until SIGTERM, and return the server's last word.
+    """Be a device until SIGTERM, and return the server's last word, "" if there was none.
 
     Args:
         where: the server and the node's credentials.
@@ -315,6 +340,7 @@ def run(
         threads: of ONNX Runtime.
         give_up_after_s: without the server for this long it stays away from it; serving goes on.
         metrics_address: of Prometheus metrics.
+        stopping: takes SIGTERM. Requests that are being answered have time to end, and the state is kept.
 
     Raises:
         TrellisError: options do not fit, or the server does not want this node.
@@ -326,10 +352,12 @@ def run(
         raise TrellisError("usage", f"--compression is {compression!r}; there are {', '.join(ENCODINGS)}")
     if model is not None and not model.is_file():
         raise DataError("onnx-missing", f"no model can be read from {model}")
+    stopping = stopping or Stopping()
+    instance = instance_of(state)
     identity = Identity(
         where.address,
-        node or ("" if where.token or where.certificate else f"{socket.gethostname()}-{getpid()}"),
-        instance_of(state),
+        node or ("" if where.token or where.certificate else name_of(instance)),
+        instance,
         client=config.client,
         kind=pb.NODE_KIND_EDGE,
         token=where.token,
@@ -339,13 +367,8 @@ def run(
     serving = Serving(serve, metrics_address, model.stem if model else "model", threads)
     worker = EdgeNode(identity, state, serving, model, ENCODINGS[compression], _announce)
 
-    def asked(_: int, __: FrameType | None) -> None:
-        threading.Thread(target=worker.stop, name="trellis-node-stop", daemon=True).start()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, asked)
-    return worker.run()
+    with held(state), stopping.during(worker.stop, lambda: AT_ONCE):
+        return worker.run()
 
 
 def _announce(described: Mapping[str, Any]) -> None:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from trellis import scenario
 from trellis.deploy.joining import NodeConfig, Where
-from trellis.deploy.metrics import NodeMetrics
+from trellis.deploy.node_metrics import NodeMetrics
 from trellis.deploy.serving import ENCODINGS
+from trellis.deploy.stopping import Stopping
 from trellis.errors import TrellisError
 from trellis.scenario import Scenario
 from trellis_clients.link.connection import Identity
 from trellis_clients.link.consent import Consent
-from trellis_clients.link.store import instance_of
+from trellis_clients.link.store import held, instance_of, name_of
 from trellis_clients.link.training import TrainingNode
-
-log = logging.getLogger("trellis.node")
 
 
 def run(
@@ -36,9 +29,9 @@ def run(
     code: Path | None = None,
     give_up_after_s: float | None = None,
     metrics_address: str | None = None,
-    grace_s: float = 30.0,
+    stopping: Stopping | None = None,
 ) -> str:
-    """Be a node until the run is over or SIGTERM, and return the server's last word.
+    """Be a node until the run is over or SIGTERM, and return the server's last word, "" after SIGTERM.
 
     Args:
         where: the server and the node's credentials.
@@ -49,7 +42,7 @@ def run(
         allowed, code: see ``trellis_clients.link.consent``.
         give_up_after_s: without the server for this long it ends.
         metrics_address: of Prometheus metrics.
-        grace_s: on SIGTERM a task under way has this long to finish.
+        stopping: takes SIGTERM. A task under way has time to finish; one that does not is handed back.
 
     Raises:
         TrellisError: options do not fit, or the server does not want this node.
@@ -57,11 +50,11 @@ def run(
     config = config or NodeConfig()
     if compression not in ENCODINGS:
         raise TrellisError("usage", f"--compression is {compression!r}; there are {', '.join(ENCODINGS)}")
-    named = node or ("" if where.token or where.certificate else f"{socket.gethostname()}-{os.getpid()}")
+    stopping = stopping or Stopping()
     instance = instance_of(state)
     identity = Identity(
         where.address,
-        named,
+        node or ("" if where.token or where.certificate else name_of(instance)),
         instance,
         client=config.client,
         token=where.token,
@@ -84,33 +77,11 @@ def run(
         encoding=ENCODINGS[compression],
         counted=NodeMetrics(metrics_address).count,
     )
-    stopping = _stop_gently(worker, grace_s)
-    reason = worker.run()
-    stopping.set()
-    return reason
 
-
-def _stop_gently(worker: TrainingNode, grace_s: float) -> threading.Event:
-    """On SIGTERM and SIGINT let the task under way finish and be handed in, within a time, and then leave."""
-    over = threading.Event()
-    told = threading.Event()
-
-    def leave() -> None:
-        worker.finish()
-        if not over.wait(grace_s):
-            give_up(f"not done after {grace_s:g} s")
-
-    def give_up(reason: str) -> None:
-        log.warning("stopped in the middle of a task", extra={"reason": reason})
+    def leave() -> int:
+        worker.log.warning("stopped in the middle of a task")
         worker.connection.close("it stops in the middle of a task")
-        os._exit(1)
+        return stopping.status  # nothing is lost: the server keeps the task open and asks it again
 
-    def asked(_: int, __: FrameType | None) -> None:
-        target, arguments = (give_up, ("asked twice",)) if told.is_set() else (leave, ())
-        told.set()
-        threading.Thread(target=target, args=arguments, name="trellis-node-stop", daemon=True).start()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, asked)
-    return over
+    with held(state), stopping.during(worker.finish, leave):
+        return worker.run()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,27 @@ from trellis.wire import content as wire
 from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.shortening import shorten
 from trellis_clients import app as client_app
-from trellis_clients.link.connection import Connection, EndedError, Identity
+from trellis_clients.link.agenda import EndedError, TaskCancelledError
+from trellis_clients.link.connection import Connection, Identity
 from trellis_clients.link.consent import Consent
+from trellis_clients.link.lines import plain
 from trellis_clients.link.store import Store
 from trellis_clients.site import Cell
 
-log = logging.getLogger("trellis.node")
+
+@dataclass(frozen=True)
+class Live:
+    """What is live of the cell of the latest task.
+
+    Attributes:
+        key: run, client and cell.
+        sites: with the model.
+        store: of the client in the cell.
+    """
+
+    key: str
+    sites: client_app.Sites
+    store: Store
 
 
 class TrainingNode:
@@ -33,7 +48,7 @@ class TrainingNode:
 
     Args:
         identity: who it is.
-        folder: of its store.
+        folder: of its store; payloads that outgrow memory lie there too.
         changed: makes the scenario over for this node before anything of it is loaded: names its own data, and finds
             the operator's copies of plug-in files. By default no file with code is allowed.
         encoding: of answers.
@@ -49,14 +64,14 @@ class TrainingNode:
         encoding: pb.Encoding = pb.ENCODING_NONE,
         counted: Callable[[str, Mapping[str, str]], None] = lambda *_: None,
     ) -> None:
-        self.connection = Connection(identity)
+        self.connection = Connection(identity, folder, counted)
+        self.log = self.connection.log
         self.folder, self.changed = folder, changed or Consent()
         self.encoding, self.counted = encoding, counted
-        self._finishing = False
-        self._live: tuple[str, client_app.Sites, Store] | None = None
+        self._live: Live | None = None
 
     def run(self) -> str:
-        """Work until the run is over and return the server's last word.
+        """Work until the run is over and return the server's last word, "" if the node was told to stop.
 
         Raises:
             GridError: the server does not want this node, or is lost for good.
@@ -64,8 +79,6 @@ class TrainingNode:
         try:
             self.connection.start()
             for task in self.connection.tasks():
-                if self._finishing:
-                    break
                 try:
                     self._answer(task)
                 finally:
@@ -77,94 +90,142 @@ class TrainingNode:
         return ""
 
     def finish(self) -> None:
-        """Take no more tasks: ``run`` returns after the one under way. From any thread."""
-        self._finishing = True
-        self.connection.wake()
+        """Take no more tasks: ``run`` returns after the one under way. From any thread.
+
+        An answer that is done and cannot be handed in is left on the disk after ``agenda.HAND_IN_S``.
+        """
+        self.connection.finish()
+
+    # -- a task -----------------------------------------------------------------------------------------
 
     def _answer(self, task: pb.Task) -> None:
         started = time.perf_counter()
+        self.log.about.update(task=task.id, cell=plain(task.cell), kind=plain(task.kind))
         try:
-            verdict = self._submit(task)
+            said = pb.Verdict.Name(self._verdict(task)).removeprefix("VERDICT_").lower()
+        except TaskCancelledError:
+            self.log.info("task cancelled")
+        except DataError as error:  # the server does not take a failure either; its deadline ends the task
+            self.log.error("failure not reported", extra={"reason": str(error)})
+        else:
+            seconds = time.perf_counter() - started
+            self.counted("task", {"kind": plain(task.kind), "verdict": said, "seconds": f"{seconds:.6f}"})
+            self.log.info("task done", extra={"verdict": said, "seconds": round(seconds, 3)})
+        finally:
+            if self._live is not None:
+                self.counted("store", {"value": str(self._live.store.num_bytes)})
+            for field in ("task", "cell", "kind", "round"):
+                self.log.about.pop(field, None)
+
+    def _verdict(self, task: pb.Task) -> int:
+        """Answer a task, if need be with a failure: whatever happens in a task must not end the node."""
+        try:
+            return self._submit(task)
         except EndedError:
-            if self.connection.cancelled(task.id):
-                log.info("task cancelled", extra={"task": task.id})
-                return
             raise
         except TrellisError as error:
-            verdict = self.connection.submit(task.id, None, (flower.FAILED_CLIENT, str(error)))
-        said = pb.Verdict.Name(verdict).removeprefix("VERDICT_").lower()
-        self.counted("task", {"kind": task.kind, "verdict": said})
-        log.info("task done", extra={"task": task.id, "kind": task.kind, "verdict": said,
-                                     "seconds": round(time.perf_counter() - started, 3)})  # fmt: skip
+            reason = str(error)
+        except OSError as error:
+            reason = str(RunError("node-store", f"what this node keeps cannot be read or written: {error}"))
+        except Exception as error:
+            self.log.exception("task failed")
+            reason = f"{type(error).__name__}: {error}"
+        self.log.error("task failed", extra={"reason": plain(reason)})
+        return self.connection.submit(task.id, None, (flower.FAILED_CLIENT, reason))
 
     def _submit(self, task: pb.Task) -> int:
-        sites, store = self._cell(task)
-        answer = store.answer(task.id)
+        place = self.connection.agenda.place(task.id)
+        live = self._cell(task, place)
+        self._settle(live.store, task)
+        answer = live.store.answer(task.id)
         if answer is None:
             received: wire.Content = {}
             for record in task.records:
                 received |= {record.name: wire.unpack(self.connection.payload(record.payload, task.id))["record"]}
-            reply, state = self._run(task, sites, received, store)
+            self._note_round(received)
+            reply, state = self._run(task, place, live, received)
             if reply.has_error():
                 failed = reply.error.code, reply.error.reason or "no reason"
                 return self.connection.submit(task.id, None, failed)
             answer = wire.pack(shorten(to_wire(reply.content), received, task.shortening))
             try:
-                store.put(task.id, answer, wire.pack(to_wire(state)))
+                live.store.put(task.id, answer, wire.pack(to_wire(state)))
             except OSError as error:  # an answer that could be lost with its state must not count
-                raise RunError("node-store", f"{store.folder} cannot be written to: {error.strerror}") from None
+                said = f"{live.store.folder} cannot be written to: {error.strerror}"
+                raise RunError("node-store", said) from None
         else:
-            log.info("task known", extra={"task": task.id})
+            self.log.info("task known")
         try:
-            return self._hand_in(task.id, answer, store)
-        except EndedError:
-            if self.connection.cancelled(task.id):
-                store.dropped(task.id)
+            return self._hand_in(task.id, answer, live.store)
+        except TaskCancelledError:
+            self._note(live.store.dropped, task.id)
             raise
 
     def _hand_in(self, task: str, answer: bytes, store: Store) -> int:
         """Submit an answer, and note down what became of it."""
         verdict = self.connection.submit(task, answer, encoding=self.encoding)
-        try:
-            if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
-                store.accepted(task)
-            else:
-                store.dropped(task)
-        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
-            log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
+        if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
+            self._note(store.accepted, task)
+        else:
+            self._note(store.dropped, task)
         return verdict
 
-    def _run(
-        self, task: pb.Task, sites: client_app.Sites, received: wire.Content, store: Store
-    ) -> tuple[Message, RecordDict]:
-        joined = self.connection.joined
-        assert joined is not None
-        run = flower.enter_run()
-        message = Message(from_wire(received), flower.node_of(joined.client), task.kind)
-        flower.rename(message, task.id)
-        kept = store.state()
-        state = RecordDict() if kept is None else from_wire(wire.unpack(kept))
-        context = client_context(joined.client, joined.num_clients, state, run.run_id)
-        return run_client(client_app.make_app(sites=sites), message, context)
+    def _note(self, verdict: Callable[[str], None], task: str) -> None:
+        """Have the store note what became of an answer."""
+        try:
+            verdict(task)
+        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
+            self.log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
 
-    def _cell(self, task: pb.Task) -> tuple[client_app.Sites, Store]:
+    def _settle(self, store: Store, task: pb.Task) -> None:
+        """Ask what became of answers whose verdict did not come, or a state that counts would be forgotten."""
+        if task.after in store:  # this one counts: the server says so without being asked
+            self._note(store.accepted, task.after)
+        for known in store.unsettled():
+            kept = store.answer(known)
+            if known != task.id and kept is not None:
+                self._hand_in(known, kept, store)
+
+    def _run(
+        self, task: pb.Task, place: pb.JoinResponse, live: Live, received: wire.Content
+    ) -> tuple[Message, RecordDict]:
+        run = flower.enter_run()
+        message = Message(from_wire(received), flower.node_of(place.client), task.kind)
+        flower.rename(message, task.id)
+        kept = self._state(task, live.store)
+        state = RecordDict() if kept is None else from_wire(wire.unpack(kept))
+        context = client_context(place.client, place.num_clients, state, run.run_id)
+        return run_client(client_app.make_app(sites=live.sites), message, context)
+
+    def _state(self, task: pb.Task, store: Store) -> bytes | None:
+        """Return the private state that a task starts from: after the answer that the server says, if it says so."""
+        if not task.HasField("after"):
+            return store.state()
+        if not task.after:
+            return None
+        if task.after in store:
+            return store.state_after(task.after)
+        self.log.warning("no state after the last answer that counts", extra={"reason": plain(task.after)})
+        return store.state()
+
+    def _note_round(self, received: wire.Content) -> None:
+        """Have log lines say which round the task is of."""
+        config = received.get("config")
+        if config is not None and isinstance(number := config.values.get("server-round"), int):
+            self.log.about["round"] = number
+
+    def _cell(self, task: pb.Task, place: pb.JoinResponse) -> Live:
         """Return the live objects of the task's cell, and the node's store for it."""
-        joined = self.connection.joined
-        assert joined is not None
-        key = f"{joined.run}/{task.setup.digest}"
-        if self._live is None or self._live[0] != key:
+        key = f"{place.run}/{place.client}/{task.setup.digest}"
+        if self._live is None or self._live.key != key:
             self._live = None  # the model before goes first
             setup = _read(self.connection.payload(task.setup, task.id))
             each = self.changed(scenario.validated(Scenario, setup["scenario"]))
-            store = Store(self.folder, joined.run, setup["cell"], joined.keep_answers)
-            for known in store.unsettled():  # or a state that counts would be forgotten
-                kept = store.answer(known)
-                if known != task.id and kept is not None:
-                    self._hand_in(known, kept, store)
+            store = Store(self.folder, place.run, setup["cell"], place.client, place.keep_answers)
             sites = client_app.Sites({setup["cell"]: Cell(scenario.plain(each), setup["seed"])})
             _set_threads(each.runtime.threads)
-            self._live = key, sites, store
-        return self._live[1], self._live[2]
+            self._live = Live(key, sites, store)
+        return self._live
 
 
 def _read(buffer: Any) -> dict[str, Any]:
