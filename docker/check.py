@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSION = "check"
+VERSION = REVISION = "check"
 IMAGES = ("server", "client", "edge")
 SELF_MADE = "trellis-check-base:bookworm"
 BIND = "127.0.77.1"  # loopback, and in nobody's way
@@ -94,7 +94,7 @@ class Engine:
         ]
         if self.podman:
             arguments += ["--format", "docker"]  # the OCI format has no health checks
-        settings = {"BASE": base, "VERSION": VERSION} | ({"TORCH_INDEX": ""} if secrets else {})
+        settings = {"BASE": base, "VERSION": VERSION, "REVISION": REVISION} | ({"TORCH_INDEX": ""} if secrets else {})
         for key, value in settings.items():
             arguments += ["--build-arg", f"{key}={value}"]
         command = ["nice", *self.command, *arguments, "--tag", f"trellis-{image}:{VERSION}", str(ROOT)]
@@ -193,13 +193,17 @@ def inspect(engine: Engine) -> dict[str, dict[str, float]]:
         found = json.loads(engine("image", "inspect", tag))[0]
         config, size = found["Config"], found["Size"] / 1e6
         expect(config["User"] == "10001:0", f"{image}: user {config['User']}")
-        expect("org.opencontainers.image.title" in config["Labels"], f"{image}: labels")
+        labels = {key.removeprefix("org.opencontainers.image."): value for key, value in config["Labels"].items()}
+        wanted = {"title": f"trellis-{image}", "version": VERSION, "revision": REVISION}
+        expect(wanted.items() <= labels.items() and bool(labels["base.name"]), f"{image}: labels {labels}")
         check = config.get("Healthcheck") or found.get("Healthcheck") or found.get("HealthCheck")
         expect(bool(check and "health.py" in str(check)), f"{image}: health check")
         tools = engine.run(
             tag, "sh", "-c", f"command -v {TOOLS}; ls -d /opt/pip /src /opt/trellis/bin/pip* 2>/dev/null", check=False
         )
         expect(tools == "", f"{image}: none of {TOOLS}, and nothing of the build {tools}")
+        place = engine.run(tag, "python", "-c", "import tempfile; print(tempfile.gettempdir())")
+        expect(place == "/var/lib/trellis", f"{image}: temporary files lie on the volume")
         installed = float(engine.run(tag, "du", "-sm", "/opt/trellis").split()[0])
         said = engine.run(tag, "trellis", "--help")
         expect("Usage" in said, f"{image}: trellis starts on a read-only root as a user without a name")
@@ -229,7 +233,8 @@ class Fleet:
             files.append(folder / "user.yaml")
         self.command = [*engine.compose, "-p", self.name, *(part for file in files for part in ("-f", str(file)))]
         self.environment = {
-            **engine.environment, "TRELLIS_VERSION": VERSION, "TRELLIS_BIND": BIND, "TRELLIS_ROUNDS": str(rounds),
+            **engine.environment, "TRELLIS_VERSION": VERSION, "TRELLIS_BIND": BIND, "TRELLIS_HOSTS": BIND,
+            "TRELLIS_ROUNDS": str(rounds),
         }  # fmt: skip
 
     def __call__(self, *arguments: str, wait: bool = True) -> subprocess.Popen[str]:
@@ -258,6 +263,10 @@ class Fleet:
         said = found.get("Health") or found.get("Healthcheck") or {}
         return {"status": found["Status"], "exit": found["ExitCode"], "health": said.get("Status", "")}
 
+    def started(self, service: str) -> str:
+        """Return when a service's container was started last."""
+        return str(json.loads(self.engine("inspect", self.container(service)))[0]["State"]["StartedAt"])
+
     def until(self, text: str, holds: Callable[[], bool], seconds: float) -> float:
         started = time.monotonic()
         while not holds():
@@ -281,7 +290,7 @@ class Fleet:
     def ended(self, *services: str) -> bool:
         return all(self.state(each).get("status") == "exited" and self.state(each)["exit"] == 0 for each in services)
 
-    def logs(self, service: str | None = None) -> str:
+    def logs(self, service: str | None = None, most: int = 2500) -> str:
         known = ["credentials", "server", "client-1", "client-2", "export", "edge-1", "edge-2"]
         services = [service] if service else known
         text = ""
@@ -291,7 +300,7 @@ class Fleet:
             except StopIteration:
                 continue
             result = subprocess.run([*self.engine.command, "logs", name], capture_output=True, text=True, check=False)
-            text += f"--- {each}\n{(result.stdout + result.stderr)[-2500:]}\n"
+            text += f"--- {each}\n{(result.stdout + result.stderr)[-most:]}\n"
         return text
 
     def rounds(self) -> list[int]:
@@ -318,9 +327,48 @@ def infer(address: str, side: int = 8) -> float:
     return float(np.mean([label.decode() == str(target) for label, target in zip(labels, targets, strict=True)]))
 
 
+@contextmanager
+def outsider(fleet: Fleet) -> Iterator[subprocess.Popen[str]]:
+    """Put a node from outside in client-2's place, as docs/deploy.md says."""
+    with tempfile.TemporaryDirectory() as name:
+        process = replaced(fleet, Path(name))
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def replaced(fleet: Fleet, folder: Path) -> subprocess.Popen[str]:
+    """Shut client-2 out, let camera-7 in, and start it on this machine."""
+    credentials = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "trellis", "credentials")
+    nodes = ("--nodes", "/credentials/server/nodes.yaml")
+    fleet("stop", "client-2")
+    fleet(*credentials, "token", "client-2", *nodes, "--revoke")
+    token = [*fleet.command, *credentials, "token", "camera-7", *nodes, "--client", "1"]
+    said = subprocess.run(token, env=fleet.environment, text=True, capture_output=True, check=True).stdout
+    (folder / "token").write_text(said.splitlines()[-1])
+    (folder / "ca.pem").write_text(fleet.engine("exec", fleet.container("server"), "cat", "/credentials/ca.pem"))
+    trellis = shutil.which("trellis", path=str(Path(sys.executable).parent)) or "trellis"
+    command = [trellis, "join", f"{BIND}:7443", "--ca", "ca.pem", "--token-file", "token", "--state", "camera-7"]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def again(fleet: Fleet, services: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """Bring a fleet up once more whose run is complete: server and clients hear so and end, and edges serve on."""
+    before = {each: fleet.started(each) for each in services}
+    up = fleet("up", "--detach", "--no-build", *options, wait=False)
+    fleet.until("all were started again", lambda: all(fleet.started(each) != before[each] for each in services), 60)
+    fleet.until("they found the run complete and ended with status 0", partial(fleet.ended, *services, "export"), 120)
+    fleet.until("both edges are healthy", partial(fleet.healthy, "edge-1", "edge-2"), 60)
+    up.wait()
+
+
 def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
     """Bring the fleet up by one command, disturb it where asked, and see that it does what it is for."""
-    up = fleet("up", "--detach", "--no-build", wait=False)
+    up, stack, outside = fleet("up", "--detach", "--no-build", wait=False), ExitStack(), None
+    trained: tuple[str, ...] = ("server", "client-1", "client-2")
+    options: tuple[str, ...] = ()
     try:
         fleet.until("the server is healthy", partial(fleet.healthy, "server"), 90)
         if faults:
@@ -330,12 +378,17 @@ def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
             fleet.until("the server is back after kill -9", partial(fleet.healthy, "server"), 60)
             fleet.engine("restart", "--time", "40", fleet.container("client-1"))
             fleet.until("client-1 is back after a restart", partial(fleet.healthy, "client-1"), 60)
+            outside = stack.enter_context(outsider(fleet))
+            fleet.until("a node from outside has joined", lambda: '"camera-7"' in fleet.logs("server", 10**7), 90)
+            trained, options = trained[:2], ("--scale", "client-2=0")
             expect(len(fleet.rounds()) < rounds, "all that in mid-run")
             up.kill()  # some compose commands give up on a service that was killed; a second one goes on
-            up = fleet("up", "--detach", "--no-build", wait=False)
-        trained = ("server", "client-1", "client-2")
+            up = fleet("up", "--detach", "--no-build", *options, wait=False)
         fleet.until("the run is complete: server and clients ended with status 0", partial(fleet.ended, *trained), 400)
         expect(fleet.rounds() == list(range(rounds + 1)), f"every round of {rounds} is in the metrics, and once")
+        if outside is not None:
+            said = outside.communicate(timeout=60)[0]
+            expect(outside.returncode == 0 and "the run is over" in said, "the node from outside ended with status 0")
         fleet.until("the model is exported", partial(fleet.ended, "export"), 120)
         fleet.until("both edges are healthy", partial(fleet.healthy, "edge-1", "edge-2"), 60)
         for edge, port in (("edge-1", 8001), ("edge-2", 8011)):
@@ -344,9 +397,11 @@ def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
         fleet.engine("restart", "--time", "15", fleet.container("edge-2"))
         fleet.until("edge-2 is back after a restart", partial(fleet.healthy, "edge-2"), 60)
         expect(infer(f"{BIND}:8011") > 0.5, "edge-2 answers again")
+        again(fleet, trained, options)
         fleet.engine("stop", "--time", "15", fleet.container("edge-1"))
         expect(fleet.ended("edge-1"), "edge-1 ends with status 0 on SIGTERM")
     finally:
+        stack.close()
         up.kill()
         up.wait()
         subprocess.run([*fleet.command, "down", "--volumes"], env=fleet.environment, capture_output=True, check=False)
@@ -392,7 +447,7 @@ def main() -> None:
     top.add_argument("--engine", default="docker", help="docker, podman, or another command of their kind")
     top.add_argument("--compose", help="e.g. 'docker compose', docker-compose, podman-compose; found if not given")
     top.add_argument("--base", help="base image with python3.11 and venv; made by debootstrap if not given")
-    top.add_argument("--rounds", type=int, default=200, help="of the run that is disturbed; on a fast machine more")
+    top.add_argument("--rounds", type=int, default=600, help="of the run that is disturbed; on a fast machine more")
     top.add_argument("--built", action="store_true", help="images tagged :check are there; build none")
     top.add_argument("--keep", action="store_true", help="keep the images")
     given = top.parse_args()
@@ -406,7 +461,7 @@ def main() -> None:
         say("a fleet of two rounds, every container under a user that no image knows")
         scenario(Fleet(engine, folder, 2, user="54321"), 2, faults=False)
         say("a fleet of two devices that the cloud adapts")
-        adaptation(Fleet(engine, folder, 3, file="compose.adapt.yaml"))
+        adaptation(Fleet(engine, folder, 3, file="adapt/compose.yaml"))
         say("a fleet whose server is killed and whose nodes are restarted")
         scenario(Fleet(engine, folder, given.rounds), given.rounds, faults=True)
     if not given.keep:

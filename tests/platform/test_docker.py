@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import jsonschema
@@ -24,6 +25,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2_grpc
 
 from trellis import cli, scenario
+from trellis.deploy import announcing
 from trellis.wire import certificates
 from trellis.wire.nodes import AllowList, digest
 from trellis_clients.edge.command import parser as edge_parser
@@ -33,7 +35,7 @@ DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 IMAGES = ("server", "client", "edge")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-ADAPT = yaml.safe_load((DOCKER / "compose.adapt.yaml").read_text())
+ADAPT = yaml.safe_load((DOCKER / "adapt" / "compose.yaml").read_text())
 GPU = yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())
 MANIFESTS = [
     each
@@ -67,6 +69,10 @@ def arguments(entrypoint: list[str], command: list[str]) -> list[str] | None:
         split = command.index("--")
         return ["serve", *command[:split], *command[split + 1 :]]
     return list(command) if entrypoint == ["trellis"] else None
+
+
+def command_and_entrypoint(service: dict[str, Any]) -> list[str]:
+    return [*service.get("entrypoint", []), *service.get("command", [])]
 
 
 def command_of(name: str, fleet: dict[str, Any]) -> list[str]:
@@ -106,11 +112,17 @@ def test_an_image_is_not_root_has_a_health_check_labels_and_nothing_of_the_build
         len(re.findall(r"^HEALTHCHECK .*\\\n +CMD \[\"python\", \"/usr/local/lib/trellis/health.py\"\]$", text, re.M))
         == 1
     )
-    for label in ("title", "description", "version", "revision", "licenses", "documentation"):
-        assert f"org.opencontainers.image.{label}=" in text
+    named = ("title", "description", "version", "revision", "licenses", "documentation", "source", "base.name")
+    assert sorted(re.findall(r"org\.opencontainers\.image\.([a-z.]+)=\S", text)) == sorted((*named, "vendor"))
+    assert urlsplit(re.search(r'image\.documentation="(.+?)"', text)[1]).scheme
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.findall(r"^ARG (BASE|VERSION|REVISION|SOURCE)(.*)$", STAGES["runtime"][1], re.M) == [
+        ("BASE", ""), ("VERSION", f"={version}"), ("REVISION", "=unknown"), ("SOURCE", "="),
+    ]  # fmt: skip
     assert not re.findall(r"\b(pip|apt-get|apt|curl|wget|git|gcc|ADD)\b", text)
     assert re.findall(r"COPY --from=(\S+) (\S+)", text) == [(f"build-{image}", "/opt/trellis")]
-    assert "VOLUME /var/lib/trellis" in text and "HOME=/var/lib/trellis" in text and "TMPDIR=/tmp" in text
+    assert "VOLUME /var/lib/trellis" in text and "HOME=/var/lib/trellis" in text
+    assert re.findall(r"TMPDIR=(\S+)", text) == ["/var/lib/trellis"]  # a volume; /tmp is memory
     assert "FLWR_TELEMETRY_ENABLED=0" in text and "RAY_USAGE_STATS_ENABLED=0" in text
 
 
@@ -175,11 +187,44 @@ def merged() -> dict[str, Any]:
     return over(COMPOSE, GPU)["services"]  # type: ignore[no-any-return]
 
 
+def test_the_two_fleets_share_nothing_that_compose_keeps():
+    """Compose names what it keeps by the file's folder, unless a name stands there."""
+    kept = {}
+    for folder, fleet in ((DOCKER, COMPOSE), (DOCKER / "adapt", ADAPT)):
+        assert "name" not in fleet and not [each for each in fleet["services"].values() if "container_name" in each]
+        assert not [name for name, how in fleet["volumes"].items() if how]
+        kept[folder.name] = {f"{folder.name}_{each}" for each in (*fleet["volumes"], *fleet["services"], "default")}
+    assert len(kept) == 2 and not set.intersection(*kept.values())
+
+
+def test_what_fails_is_not_started_again_for_ever():
+    for name, service in (*COMPOSE["services"].items(), *ADAPT["services"].items()):
+        serves = name.startswith(("edge-", "prometheus"))  # is there to answer, whatever happened
+        assert service.get("restart", "no") in (
+            ("unless-stopped",) if serves else ("no", "on-failure:3", "on-failure:10")
+        )
+    assert {COMPOSE["services"][each]["restart"] for each in ("client-1", "client-2")} == {"on-failure:3"}
+    assert COMPOSE["services"]["server"]["restart"] == ADAPT["services"]["server"]["restart"] == "on-failure:10"
+
+
+@pytest.mark.parametrize("fleet", [COMPOSE, ADAPT], ids=["compose", "adapt"])
+def test_a_fleet_says_which_version_and_revision_it_builds(fleet):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for service in fleet["services"].values():
+        if "build" in service:
+            assert service["build"]["args"] == {
+                "VERSION": f"${{TRELLIS_VERSION:-{version}}}",
+                "REVISION": "${TRELLIS_REVISION:-unknown}",
+                "SOURCE": "${TRELLIS_SOURCE:-}",
+            }
+            assert service["image"].endswith(f":${{TRELLIS_VERSION:-{version}}}")
+
+
 FLEETS = {"compose": COMPOSE["services"], "gpu": merged(), "adapt": ADAPT["services"]}
 SERVICES = [pytest.param(each, id=f"{fleet}-{name}") for fleet, named in FLEETS.items() for name, each in named.items()]
 
 
-@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml", "compose.adapt.yaml"])
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml", "adapt/compose.yaml"])
 def test_compose_files_fit_the_compose_specification(file):
     schema = json.loads(Path(__file__).with_name("compose-spec.json").read_text())
     validator = jsonschema.Draft7Validator(schema)
@@ -229,19 +274,22 @@ def test_a_service_is_hardened(service):
         assert service["build"]["target"] in IMAGES and service["image"].startswith(
             f"trellis-{service['build']['target']}:"
         )
-        assert (
-            DOCKER / service["build"]["context"] / service["build"]["dockerfile"]
-        ).resolve() == DOCKER / "Dockerfile"
+        assert service["build"]["dockerfile"] == "docker/Dockerfile"
+        assert service["build"]["context"] == ("../.." if service in ADAPT["services"].values() else "..")
     else:
         assert re.search(r"@sha256:[0-9a-f]{64}$", service["image"])
     for port in service.get("ports", []):
         assert port.startswith(("127.0.0.1:", "${TRELLIS_BIND:-127.0.0.1}:"))
+    folder, fleet = (DOCKER / "adapt", ADAPT) if service in ADAPT["services"].values() else (DOCKER, COMPOSE)
     for mount in service["volumes"]:
         source = mount.split(":")[0]
         if source.startswith("."):
-            assert mount.endswith(":ro") and (DOCKER / source).is_file()
+            assert mount.endswith(":ro") and (folder / source).is_file()
         else:
-            assert source in COMPOSE["volumes"] or source in ADAPT["volumes"]
+            assert source in fleet["volumes"]
+    held = [mount.split(":")[1] for mount in service["volumes"]]
+    if "build" in service and any(each in ("join", "serve-or-resume") for each in command_and_entrypoint(service)):
+        assert "/var/lib/trellis" in held  # where TMPDIR is
 
 
 @pytest.mark.parametrize("fleet", [COMPOSE, ADAPT], ids=["compose", "adapt"])
@@ -276,7 +324,7 @@ def test_prometheus_asks_the_ports_that_answer():
         assert "--metrics-address=0.0.0.0:9100" in COMPOSE["services"][name]["command"]
 
 
-@pytest.mark.parametrize("file", ["scenario.yaml", "adapt.yaml"])
+@pytest.mark.parametrize("file", ["scenario.yaml", "adapt/scenario.yaml"])
 def test_a_fleets_scenario_has_as_many_clients_as_the_fleet(file):
     loaded = scenario.load(DOCKER / file, ["rounds.count=2"])
     scenario.check(loaded)
@@ -291,7 +339,7 @@ def test_manifests_are_complete_and_refer_to_each_other():
     assert kinds == sorted(set(kinds)) and all(each["apiVersion"] for each in MANIFESTS)
     for each in MANIFESTS:
         if each["kind"] == "Service":
-            template = PODS[each["metadata"]["name"]]
+            template = PODS[each["metadata"]["name"].removesuffix("-metrics")]
             assert each["spec"]["selector"].items() <= template["metadata"]["labels"].items()
             ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
             assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
@@ -305,6 +353,17 @@ def test_manifests_are_complete_and_refer_to_each_other():
     assert claimed == claims
     for path in (DOCKER / "kubernetes").glob("*.yaml"):
         assert not re.search(r"(: |- )[&*]\w|<<:", path.read_text()), "anchors are not plain"
+
+
+def test_a_service_that_may_be_exposed_shows_the_link_alone():
+    services = {each["metadata"]["name"]: each["spec"] for each in MANIFESTS if each["kind"] == "Service"}
+    of_server = {
+        name: {port["port"] for port in each["ports"]}
+        for name, each in services.items()
+        if each["selector"] == {"app.kubernetes.io/name": "trellis-server"}
+    }
+    assert of_server == {"trellis-server": {7443}, "trellis-server-metrics": {9100}}
+    assert services["trellis-server-metrics"]["type"] == "ClusterIP"
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -335,9 +394,14 @@ def test_a_pod_is_hardened_and_its_command_is_one(name):
 # -- what runs in them ----------------------------------------------------------------------------------------------
 
 
+CLEAN = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+PROXY = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "grpc", "all")}
+"""Nobody listens there."""
+
+
 def ask(url: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, HEALTH, url], capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+        [sys.executable, HEALTH, url], capture_output=True, text=True, env={**CLEAN, **environment}, timeout=60
     )
 
 
@@ -358,7 +422,11 @@ def asked(tmp_path):
 def test_the_health_check_asks_the_health_service(asked, tmp_path):
     plain, secure, service, ca = asked
     well = [ask(f"grpc://127.0.0.1:{plain}"), ask(f"grpcs://localhost:{secure}", TRELLIS_HEALTH_CA=ca)]
-    assert [(each.returncode, each.stderr) for each in well] == [(0, ""), (0, "")]
+    well += [
+        ask(f"grpc://127.0.0.1:{plain}", **PROXY),
+        ask(f"grpcs://localhost:{secure}", TRELLIS_HEALTH_CA=ca, **PROXY),
+    ]
+    assert [(each.returncode, each.stderr) for each in well] == [(0, "")] * 4
     certificates.write(tmp_path / "other", ["localhost"])
     other = ask(f"grpcs://localhost:{secure}", TRELLIS_HEALTH_CA=str(tmp_path / "other" / "ca.pem"))
     assert other.returncode == 1 and "UNAVAILABLE" in other.stderr
@@ -380,6 +448,7 @@ def test_the_health_check_of_a_process_that_has_only_metrics():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     assert ask(f"{url}/metrics").returncode == 0
+    assert ask(f"{url}/metrics", **PROXY).returncode == 0
     assert ask(f"{url}/nowhere").returncode == 1
     server.shutdown()
     server.server_close()
@@ -416,8 +485,9 @@ def test_credentials_are_made_once_each_nodes_in_its_own_folder(tmp_path):
         each.mkdir(parents=True)
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "TMPDIR": str(work),
+        "TRELLIS_WORK": str(work),
         "TRELLIS_CREDENTIALS": str(folder),
+        "TRELLIS_HOSTS": "cloud.example 10.0.0.1",
     }
 
     def made() -> dict[str, bytes]:
@@ -435,5 +505,10 @@ def test_credentials_are_made_once_each_nodes_in_its_own_folder(tmp_path):
     nodes = yaml.safe_load(files["server/nodes.yaml"])["nodes"]
     for number, node in enumerate(("client-1", "client-2")):
         assert nodes[node] == {"client": number, "token": digest(files[f"{node}/token"].strip())}
-    assert not [path for path in folder.rglob("*.key") if path.stat().st_mode & 0o007]
+    assert announcing.names_of(folder / "server" / "server.pem") == [
+        "server", "localhost", "cloud.example", "127.0.0.1", "10.0.0.1",
+    ]  # fmt: skip
+    secret = [*folder.rglob("*.key"), *folder.rglob("token")]
+    assert len(secret) == 3 and not [path for path in secret if path.stat().st_mode & 0o077]
+    assert list(work.iterdir()) == []  # the authority's key is gone
     assert made() == files
