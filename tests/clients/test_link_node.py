@@ -85,6 +85,22 @@ def test_what_a_new_stream_does_not_bring_again_is_cancelled(server):
         assert next(tasks).id == task(2).id
 
 
+def test_a_server_that_does_not_know_yet_what_it_asks_cancels_nothing(server):
+    """It has just come back: what the node computes is what it will ask."""
+    with joined(server) as node:
+        first = server.stream(sent(task(1)))
+        given = next(node.tasks())
+        first.put(None)
+        second = server.stream(beat=False)
+        second.put(pb.WorkResponse(beat=pb.Beat()))
+        time.sleep(0.2)
+        node.go_on(given.id)
+        second.put(pb.WorkResponse(beat=pb.Beat(complete=True)))
+        time.sleep(0.2)
+        with pytest.raises(TaskCancelledError):
+            node.go_on(given.id)
+
+
 def test_a_task_that_comes_again_on_a_new_stream_goes_on(server):
     with joined(server) as node:
         first = server.stream(sent(task(1)))
@@ -327,19 +343,19 @@ def test_a_task_that_comes_again_before_the_worker_heard_of_its_end_goes_on():
     assert list(agenda.tasks()) == []
 
 
-def test_tasks_cancelled_before_their_turn_are_left_out_and_later_beats_cancel_nothing():
+def test_tasks_cancelled_before_their_turn_are_left_out():
     agenda = Agenda()
-    agenda.replay()
+    agenda.new_stream()
     for number in (1, 2, 3):
         agenda.receive(task(number), PLACE)
-    agenda.beat()
+    agenda.complete()
     agenda.receive(task(4), PLACE)
-    agenda.beat()
+    agenda.complete()
     agenda.cancel(task(1).id)
-    agenda.replay()
+    agenda.new_stream()
     agenda.receive(task(3), PLACE)
     agenda.receive(task(4), PLACE)
-    agenda.beat()
+    agenda.complete()
     tasks = agenda.tasks()
     assert [next(tasks).id for _ in range(2)] == [task(3).id, task(4).id]
     assert agenda.place(task(4).id).client == 3

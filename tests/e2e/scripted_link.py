@@ -66,12 +66,12 @@ class Script:
         self._server.start()
 
     def stream(self, *events: pb.WorkResponse, beat: bool = True) -> queue.Queue[Any]:
-        """The next stream that a node opens, with these events on it and the beat that ends the replay."""
+        """The next stream that a node opens, with these events on it and the beat that says that these are all."""
         made = self.opened.get(timeout=20)
         for event in events:
             made.put(event)
         if beat:
-            made.put(pb.WorkResponse(beat=pb.Beat()))
+            made.put(pb.WorkResponse(beat=pb.Beat(complete=True)))
         return made
 
     def stop(self) -> None:

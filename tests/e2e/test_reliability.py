@@ -16,6 +16,7 @@ import time
 import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_answers_that_come_twice_and_out_of_order_count_once(tmp_path, simulated
         def listening(port):
             for client in FOUR:
                 node = fleet.start(port, client)
-                submit, sent = node.connection._calls["Submit"], []
+                submit, sent = node.connection._calls["Submit"].future, []
 
                 def again(parts, submit=submit, sent=sent, node=node, **options):
                     sent.append(list(parts))
@@ -245,11 +246,11 @@ def test_answers_that_come_twice_and_out_of_order_count_once(tmp_path, simulated
                     for old in [*sent[-3:-1], sent[-1], *sent[-3:]]:
                         old[0].header.session = node.connection.joined.session
                         answered = submit(iter(old), timeout=30)
-                        verdicts.append(answered.verdict)
+                        verdicts.append(answered.result().verdict)
                         response = response or (answered if old is sent[-1] else None)
                     return response
 
-                node.connection._calls["Submit"] = again
+                node.connection._calls["Submit"] = SimpleNamespace(future=again)
 
         run, outcome = serve(tmp_path, listening)
     assert outcome.summaries[0]["sha256"] == simulated

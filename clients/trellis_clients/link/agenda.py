@@ -55,7 +55,7 @@ class Agenda:
         self._queue: deque[pb.Task] = deque()
         self._known: dict[str, _Known] = {}
         self._calls: dict[int, tuple[str, Any]] = {}
-        self._replayed: set[str] | None = None
+        self._sent: set[str] = set()
         self._end: BaseException | None = None
         self._finishing = False
         self._answering = 0
@@ -63,16 +63,15 @@ class Agenda:
 
     # -- what the stream says ---------------------------------------------------------------------------
 
-    def replay(self) -> None:
-        """A new stream begins: all tasks that are still open come first, and then a beat."""
+    def new_stream(self) -> None:
+        """A new stream begins: all tasks that are still open come again."""
         with self._change:
-            self._replayed = set()
+            self._sent.clear()
 
     def receive(self, task: pb.Task, place: pb.JoinResponse) -> None:
         """Take in a task. One that is under way goes on, also if it was cancelled and the worker does not know yet."""
         with self._change:
-            if self._replayed is not None:
-                self._replayed.add(task.id)
+            self._sent.add(task.id)
             known = self._known.get(task.id)
             if known is None:
                 self._known[task.id] = _Known(place)
@@ -90,17 +89,15 @@ class Agenda:
                 known.cancelled, known.again = True, None
                 self._end_calls(task)
 
-    def beat(self) -> None:
-        """The first beat of a stream ends the replay: tasks that did not come again were ended while nobody listened.
+    def complete(self) -> None:
+        """All open tasks were sent on this stream: one that was not came to its end while nobody listened.
 
         But for those whose answer was on its way: it may be that it arrived, and the server's word on it did not. What
         became of it is asked for by sending it again.
         """
         with self._change:
-            replayed, self._replayed = self._replayed, None
-            if replayed is not None:
-                gone = [task for task, known in self._known.items() if task not in replayed and not known.answering]
-                for task in gone:
+            for task, known in self._known.items():
+                if task not in self._sent and not known.answering and not known.cancelled:
                     self.cancel(task)
 
     def end(self, why: BaseException) -> bool:
@@ -158,6 +155,8 @@ class Agenda:
                 self._known[task] = _Known(known.place)
                 self._queue.append(known.again)
                 self._change.notify_all()
+            else:
+                self._sent.discard(task)
 
     def place(self, task: str) -> pb.JoinResponse:
         """Return the welcome under which a task came. The node may be another client of another run by now."""

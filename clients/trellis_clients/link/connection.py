@@ -218,7 +218,7 @@ class Connection:
     def _listen(self) -> Iterator[pb.WorkResponse]:
         """Yield the stream's events, and end it where no beat comes."""
         joined = self._welcome()
-        self.agenda.replay()
+        self.agenda.new_stream()
         self._stream = stream = self._calls["Work"](pb.WorkRequest(session=joined.session), metadata=self._metadata)
         heard = [time.monotonic()]
         patience = 3 * max(joined.beat_seconds, 0.1)
@@ -246,8 +246,8 @@ class Connection:
             self.agenda.receive(event.task, self._welcome())
         elif what == "cancel":
             self.agenda.cancel(event.cancel.task_id)
-        elif what == "beat":
-            self.agenda.beat()
+        elif what == "beat" and event.beat.complete:
+            self.agenda.complete()
         elif what == "goodbye" and event.goodbye.final:
             raise EndedError(plain(event.goodbye.reason) or "the run is over")
 
