@@ -64,7 +64,9 @@ def example() -> dict[str, bytes]:
 
 def task(arrays: bytes, config: bytes) -> pb.Task:
     setup = pb.Payload(digest="5e" * 32, size=900, decoded_size=2000, encoding=pb.ENCODING_ZSTD)
-    each = pb.Task(id="a1" * 16, kind="train", cell="main-seed0", setup=setup, seconds_left=600.0, shortening=1)
+    each = pb.Task(
+        id="a1" * 16, kind="train", cell="main-seed0", setup=setup, seconds_left=600.0, shortening=1, after=""
+    )
     for name, data in (("arrays", arrays), ("config", config)):
         each.records.add(name=name, payload=encode(data)[0])
     return each
