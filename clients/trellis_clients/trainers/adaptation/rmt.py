@@ -31,6 +31,8 @@ RMT = "rmt"
     paper="arXiv 2211.13081",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class Rmt(EdgeTrainer):
     """Doebler et al., "Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", CVPR 2023.

@@ -16,6 +16,8 @@ from trellis_clients.trainer import Metrics, State, Trainer, TrainerConfig, Turn
     paper="Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, ICML 2020",
     takes=("image", "vector", "tokens", "series", "points"),
     sends="scaffold",
+    payload="weights, control variates",
+    replies=("control",),
     strategies=("scaffold",),
 )
 class Scaffold(Trainer):

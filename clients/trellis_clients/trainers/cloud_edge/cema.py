@@ -28,6 +28,8 @@ SELECTION = "selection"
     paper="arXiv 2402.17316",
     takes=("image",),
     sends="uploads",
+    payload="selected images",
+    replies=("uploads",),
 )
 class Cema(EdgeTrainer):
     """Chen et al., "Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation", ICLR 2024.

@@ -28,6 +28,8 @@ ANCHOR = "anchor"
     paper="arXiv 2204.02610",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class Eata(OnDeviceTrainer):
     """Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.

@@ -17,6 +17,8 @@ from trellis_clients.trainers.cloud_edge._on_device import OnDeviceTrainer
     paper="arXiv 2006.10726",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class Tent(OnDeviceTrainer):
     """Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021."""

@@ -17,6 +17,8 @@ from trellis_clients.trainers.cloud_edge._forward_only import ForwardOnlyTrainer
     paper="arXiv 2006.10963, arXiv 2006.16971",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class TtaBn(ForwardOnlyTrainer):
     """Nado et al. 2020; Schneider et al., NeurIPS 2020. What it does and where it fails:

@@ -18,6 +18,8 @@ from trellis_clients.trainers.cloud_edge._forward_only import ForwardOnlyTrainer
     paper="arXiv 2404.01650",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class TtaFoa(ForwardOnlyTrainer):
     """Niu et al., ICML 2024. What it does, where it fails and what differs: ``edge.adapters.foa.Foa``.

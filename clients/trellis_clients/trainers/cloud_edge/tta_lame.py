@@ -15,6 +15,8 @@ from trellis_clients.trainers.cloud_edge._forward_only import ForwardOnlyTrainer
     paper="arXiv 2201.05718",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class TtaLame(ForwardOnlyTrainer):
     """Boudiaf et al., CVPR 2022. What it does, where it fails and what differs: ``edge.adapters.lame.Lame``.

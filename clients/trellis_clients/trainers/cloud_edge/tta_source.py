@@ -20,6 +20,8 @@ from trellis_clients.trainers.cloud_edge._edge import EdgeTrainer
     paper="baseline of arXiv 2402.17316",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class TtaSource(EdgeTrainer):
     """What every adaptation is compared with."""

@@ -15,6 +15,8 @@ from trellis_clients.trainers.cloud_edge._forward_only import ForwardOnlyTrainer
     paper="NeurIPS 2021",
     takes=("image",),
     sends="uploads",
+    payload="metrics alone",
+    replies=("uploads",),
 )
 class TtaT3a(ForwardOnlyTrainer):
     """Iwasawa and Matsuo, NeurIPS 2021. What it does, where it fails and what differs: ``edge.adapters.t3a.T3A``.

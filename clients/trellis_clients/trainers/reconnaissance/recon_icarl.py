@@ -30,6 +30,8 @@ from trellis_clients.trainers.reconnaissance._recon import (
     paper="Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017",
     takes=("image", "vector"),
     sends="missions",
+    payload="weights, prototypes, exemplars",
+    replies=("evidence", "exemplars"),
     strategies=("reconnaissance",),
 )
 class ReconIcarl(Recon):

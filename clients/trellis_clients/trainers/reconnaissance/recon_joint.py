@@ -20,6 +20,8 @@ from trellis_clients.trainers.reconnaissance._recon import EXEMPLARS, Recon, Rec
     paper="Hendryx et al., Federated Reconnaissance: Efficient, Distributed, Class-Incremental Learning, 2021",
     takes=("image", "vector"),
     sends="missions",
+    payload="prototypes, all images",
+    replies=("evidence", "exemplars"),
     strategies=("reconnaissance",),
 )
 class ReconJoint(Recon):

@@ -23,6 +23,8 @@ from trellis_clients.trainers.reconnaissance._recon import Recon, ReconConfig, R
     paper="Hendryx et al., Federated Reconnaissance: Efficient, Distributed, Class-Incremental Learning, 2021",
     takes=("image", "vector"),
     sends="missions",
+    payload="prototypes",
+    replies=("evidence",),
     strategies=("reconnaissance",),
 )
 class ReconProtonet(Recon):

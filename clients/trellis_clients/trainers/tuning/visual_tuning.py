@@ -48,6 +48,7 @@ class Tuned(Classifier):
     paper="arXiv 2305.06061",
     takes=("image",),
     sends="weights",
+    payload="tuned parameters",
 )
 class VisualTuning(Trainer):
     """Yu et al., "Visual Tuning", ACM Computing Surveys 2024: its families over one frozen backbone, by ``kind``.
