@@ -71,8 +71,9 @@ def measure(seeds: int = 5) -> list[Claim]:
 
 
 def verdict(gains: list[float], threshold: float) -> Verdict:
-    """Held if the mean reaches the threshold, in part if some seed does."""
-    return "held" if mean(gains) >= threshold else "in part" if max(gains) >= threshold else "not held"
+    """Held if the mean reaches the threshold, in part if it does not but most seeds do."""
+    most = sum(gain >= threshold for gain in gains) > len(gains) / 2
+    return "held" if mean(gains) >= threshold else "in part" if most else "not held"
 
 
 def asked(each: Scenario, folder: CellFolder) -> dict[str, Any]:

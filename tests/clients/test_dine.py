@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from federations import lines, run, sha
 from test_bits import resumed
+from trellis import scenario
 from trellis.data.base import Batch, ClientData, Split
 from trellis.data.loading import load_data
 from trellis.data.sets.shifted_digits import turned
-from trellis.errors import PluginError
+from trellis.errors import PluginError, ScenarioError, TrellisError
 from trellis.scenario import from_mapping
 from trellis_clients import batchnorm, client_state
 from trellis_clients.contract import site_of
+from trellis_clients.site import KEPT
 from trellis_clients.trainer import Turn
 from trellis_clients.trainers.domain_adaptation import dine
 from trellis_clients.trainers.domain_adaptation.dine import MEMORY, OPTIMIZER, STEP, STOPPED, information, smoothed
@@ -141,6 +143,34 @@ def test_the_rate_ends_at_its_published_share():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_rates_of_all_steps_follow_both_phases(tmp_path, monkeypatch):
+    """Steps count from one, so that a phase's last step has exactly its published share; tuning begins at the top."""
+    here, state = (
+        site(tmp_path, "trainer.lr=0.02", "trainer.distil=0.5", "trainer.trunk_rate=0.5", "trainer.local_epochs=4"),
+        {},
+    )
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            rates.append(tuple(group["lr"] for group in self.param_groups))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    monkeypatch.setattr(dine.torch, "equal", lambda *_: False)  # never stops
+    for number in (1, 2, 3, 4):
+        fit(here, state, number)
+    half = len(rates) // 2
+    assert len(rates) == state[STEP] and len(rates) % 2 == 0 and half > 10
+    for number in range(half):
+        distil = (1 + 10 * (number + 1) / half) ** -1.5
+        tune = (1 + 10 * (number + 1) / half) ** -0.75
+        assert rates[number] == pytest.approx((0.01 * distil, 0.02 * distil))
+        assert rates[half + number] == pytest.approx((0.002 * tune, 0.02 * tune))
+    assert rates[half - 1] == pytest.approx((0.01 * 11**-1.5, 0.02 * 11**-1.5))
+    assert rates[-1] == pytest.approx((0.002 * 11**-0.75, 0.02 * 11**-0.75))
+
+
 # -- memory and phases ------------------------------------------------------------------------------------
 
 
@@ -196,17 +226,37 @@ def test_labels_of_the_target_are_never_read(tmp_path):
     assert all(torch.equal(values, weights[1][name]) for name, values in weights[0].items())
 
 
-def test_tuning_has_no_teacher_starts_afresh_and_stops_when_nothing_changes(tmp_path, monkeypatch):
+def test_tuning_starts_from_a_fresh_optimizer_and_distilling_goes_on_with_its_own(tmp_path, monkeypatch):
+    """The momentum before a turn's first step: what the turn before left, and none where tuning begins."""
+    here, state = site(tmp_path, "trainer.distil=0.5"), {}
+    found = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            found.append([self.state[p].get("momentum_buffer") for group in self.param_groups for p in group["params"]])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    left, steps = [], []
+    for number in (1, 2, 3):
+        steps.append(len(found))
+        fit(here, state, number)
+        left.append([entry["momentum_buffer"].clone() for entry in state[OPTIMIZER]["state"].values()])
+    assert all(buffer is None for buffer in found[steps[0]])
+    assert all(buffer is not None for buffer in found[steps[1]])
+    assert all(buffer is None for buffer in found[steps[2]])  # round 3 of 4: tuning
+    assert left[0] and all(bool(values.any()) for values in left[0])
+
+
+def test_tuning_has_no_teacher_and_stops_when_nothing_changes(tmp_path, monkeypatch):
     here, state = site(tmp_path, "trainer.distil=0.25", "trainer.local_epochs=8"), {}
     fit(here, state, 1)
     memory, steps = state[MEMORY].clone(), state[STEP]
-    momentum = copy.deepcopy(state[OPTIMIZER])
     fields = []
     plain = here.trainer.loss
     monkeypatch.setattr(here.trainer, "loss", lambda m, b, t: (fields.append(set(b.fields)), plain(m, b, t))[1])
     fit(here, state, 2)
     assert fields and all(each == {"x"} for each in fields) and torch.equal(state[MEMORY], memory)
-    assert momentum["state"][0]["momentum_buffer"].shape == state[OPTIMIZER]["state"][0]["momentum_buffer"].shape
     labels = here.trainer.answers(here.model, here.federation.client(0).train).softmax(1)
     monkeypatch.setattr(here.trainer, "answers", lambda model, data: labels)
     stops = [fit(here, state, number)["stopped"] for number in (3, 4)]
@@ -235,6 +285,26 @@ def test_the_trunk_travels_and_the_rest_stays(tmp_path):
     }
 
 
+def test_each_client_keeps_its_own_part_over_rounds_and_is_given_the_common_trunk(tmp_path):
+    here, states, left = site(tmp_path), ({}, {}), {}
+    trunk = {name: values.clone() for name, values in here.trainer.shared(here.model).items()}
+    for number in (1, 2):
+        for client, state in enumerate(states):
+            turn = Turn(number, 4, client, 2, torch.Generator().manual_seed(client), received={"arrays": trunk})
+            here.load(trunk, state)
+            live = here.model.state_dict()
+            assert all(torch.equal(live[name], values) for name, values in trunk.items())
+            if number == 2:  # the other client has trained since, and this one's own part is back
+                assert all(torch.equal(live[name], values) for name, values in left[client].items())
+            here.train(turn, state)
+            left[client] = {name: values.clone() for name, values in state[KEPT].items()}
+    assert set(left[0]) == here.trainer.kept(here.model)
+    for name in ("bottleneck.weight", "head.bias", "norm.weight", "norm.running_mean"):
+        assert not torch.equal(left[0][name], left[1][name]), name
+    norms = {name for name in left[0] if name.startswith("trunk.") and name.endswith("running_mean")}
+    assert norms and all(not torch.equal(left[0][name], left[1][name]) for name in norms)
+
+
 def test_the_state_survives_a_restart_and_holds_no_image(tmp_path):
     here, state = site(tmp_path), {}
     fit(here, state)
@@ -256,10 +326,26 @@ def test_a_run_asks_once_and_counts(tmp_path):
     assert queries[0] > 0 and queries[1:] == [0, 0, 0]
 
 
-def test_mistakes_are_named(tmp_path):
-    wrong = site(tmp_path, "data=digits", "partition=iid", "clients=2")
+@pytest.mark.parametrize(
+    ("override", "error", "said"),
+    [
+        ("trainer.predictor=mpl", PluginError, r"trainer\.predictor: .*'mpl'.*'mlp'"),
+        ("trainer.predictor={name: mlp, hiden: [8]}", ScenarioError, r"'trainer\.predictor\.hiden'.*'hidden'"),
+        ("trainer.predictor={name: mlp, hidden: [0]}", ScenarioError, r"trainer\.predictor\.hidden.*\(got 0\)"),
+        ("trainer.share=both", ScenarioError, r"trainer\.share: .*'trunk' or 'all'.*\(got 'both'\)"),
+    ],
+)
+def test_mistakes_are_named_by_the_check_before_anything_starts(tmp_path, override, error, said):
+    (tmp_path / "dine.yaml").write_text(SCENARIO)
+    with pytest.raises(error, match=said):
+        scenario.load(tmp_path / "dine.yaml", [override])
+
+
+def test_what_only_the_data_tell_is_refused_before_the_first_round(tmp_path):
     with pytest.raises(PluginError, match="no stream 'source-0'"):
-        fit(wrong, {})
+        site(tmp_path, "data=digits", "partition=iid", "clients=2")
+    with pytest.raises(TrellisError, match="vit"):
+        site(tmp_path, "trainer.predictor={name: vit, patch: 3}")
     plain = site(tmp_path)
     object.__setattr__(plain.trainer.task, "model", nn.Flatten)
     with pytest.raises(PluginError, match="Flatten has none"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from trellis import seeding
 from trellis.data.base import Batch, ClientData, Split
 from trellis.errors import PluginError
 from trellis.models._base import Classifier
@@ -15,7 +18,13 @@ from trellis.registry import register
 from trellis.scenario import Component
 from trellis_clients import batchnorm
 from trellis_clients.trainer import Metrics, State, Task, Trainer, TrainerConfig, Turn, in_order
-from trellis_clients.trainers.domain_adaptation._black_box import BlackBox, trained_predictors
+from trellis_clients.trainers.domain_adaptation._black_box import (
+    BlackBox,
+    checked,
+    sources,
+    trained_predictors,
+    untrained,
+)
 
 MEMORY = "memory"
 """Key of a client's state: what is believed of each of its images, ``(n, classes)``, and the field of its batches."""
@@ -23,6 +32,14 @@ STEP, OPTIMIZER, LABELS, STOPPED = "step", "optimizer", "labels", "stopped"
 EPSILON = 1e-5
 PARTS = 10
 """Refreshes of the memory, and checks for a halt, in the whole of a phase."""
+PREDICTOR = "trainer.predictor"
+
+
+def _known(model: Component) -> Component:
+    # A file is found relative to the working folder, and is looked at only when the network is built.
+    if ".py:" not in model.name:
+        checked(model, PREDICTOR)
+    return model
 
 
 class Student(Classifier):
@@ -55,11 +72,14 @@ class Dine(Trainer):
     information; every tenth of the phase the student's answers enter the memory with weight ``1 - memory_momentum``:
     the predictor's word fades as 0.6^k. *Tuning*: mutual information alone, from a fresh optimizer, until no answer
     changes between two checks. Phases, rates and refreshes go by the client's own steps, of which it expects as many
-    as the rounds hold. Losses, schedule and architecture follow the authors' code.
+    as the rounds hold. Losses, schedule and the parts of the student follow the authors' code.
 
-    The two backward passes of that code are one here, of the sum. Mixed images normalise by their own statistics and
-    leave the running ones alone, which the code intends and does not do. Networks start from nothing, not from
-    ImageNet, so ``trunk_rate`` is 1 in place of 0.1. The variants for partial sets and segmentation are not here.
+    What differs from it: the two backward passes are one here, of the sum. Mixed images normalise by their own
+    statistics and leave the running ones alone, which the code intends and does not do. Images are not augmented,
+    where the code crops and mirrors at random. Networks start from torch's own initialisation, the trunk not from
+    ImageNet, bottleneck and head not Xavier-normal; so ``trunk_rate`` is 1 in place of 0.1. The predictor is trained by
+    Adam. The variants for partial sets and segmentation are not here.
+
     Mutual information takes classes to be equally frequent at each client; lower its weight where they are not. On
     digits, from nothing, a memory that follows the student pays after some forty passes over the images, not before.
 
@@ -83,8 +103,10 @@ class Dine(Trainer):
         bottleneck: int = Field(64, ge=1, description="256 in the paper")
         trunk_rate: float = Field(1.0, gt=0, description="the trunk's learning rate over lr; 0.1 if it is pretrained")
         tuning_trunk_rate: float = Field(0.1, gt=0, description="the same while tuning, when the trunk is trained")
-        share: str = Field("trunk", pattern="^(trunk|all)$", description="trunk, without batch norms; or all")
-        predictor: Component = Field(Component(name="mlp"), description="model of the predictors, like the key 'model'")
+        share: Literal["trunk", "all"] = Field("trunk", description="trunk, without batch norms; or all")
+        predictor: Annotated[Component, AfterValidator(_known)] = Field(
+            Component(name="mlp"), description="model of the predictors, like the key 'model'"
+        )
         predictor_epochs: int = Field(30, ge=1)
         predictor_lr: float = Field(3e-3, gt=0)
         predictor_smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels that they are trained on")
@@ -96,6 +118,14 @@ class Dine(Trainer):
         self.predictors: list[BlackBox] | None = None
 
     def build(self) -> Student:
+        """Return the student. What the predictors need is checked here, before the first round asks them.
+
+        Raises:
+            TrellisError: the model has no features, the data set no source, or the predictor's network does not fit.
+        """
+        sources(self.task)
+        with seeding.scoped(self.task.seed, "black-box"):
+            untrained(self.task, self.config.predictor, PREDICTOR)
         model = super().build()
         head = getattr(model, "head", None)
         if not callable(getattr(model, "features", None)) or not isinstance(head, nn.Linear):
@@ -118,7 +148,12 @@ class Dine(Trainer):
         if self.predictors is None:
             c = self.config
             self.predictors = trained_predictors(
-                self.task, c.predictor, epochs=c.predictor_epochs, lr=c.predictor_lr, smoothing=c.predictor_smoothing
+                self.task,
+                c.predictor,
+                PREDICTOR,
+                epochs=c.predictor_epochs,
+                lr=c.predictor_lr,
+                smoothing=c.predictor_smoothing,
             )
         return torch.stack([predict(images) for predict in self.predictors]).mean(0)
 
@@ -187,10 +222,9 @@ class Dine(Trainer):
                 optimizer = self.optimizer(model, turn)
             if tuning:
                 optimizer.param_groups[0]["rate"] = self.config.lr * self.config.tuning_trunk_rate
-            if tuning:
                 batch = Batch({"x": batch.x}, batch.index)
             begun, length = (distilling, max(whole - distilling, 1)) if tuning else (0, distilling)
-            slow_down(optimizer, (step - begun) / length, 0.75 if tuning else 1.5)
+            slow_down(optimizer, (step + 1 - begun) / length, 0.75 if tuning else 1.5)  # counted from one, as published
             optimizer.zero_grad(set_to_none=True)
             loss = self.loss(model, batch, turn)
             loss.backward()  # type: ignore[no-untyped-call]
