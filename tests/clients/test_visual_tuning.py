@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from torch.nn import functional as F
 
 from federations import lines, run, sha
 from test_bits import resumed
-from trellis import registry
+from trellis import registry, scenario
 from trellis.data.loading import load_data
 from trellis.errors import DataError, TrellisError
 from trellis.scenario import from_mapping
 from trellis_clients import contract
 from trellis_clients.contract import site_of
 from trellis_clients.site import KEPT
+from trellis_clients.trainer import Turn
+from trellis_clients.trainers.efficiency._memory import bytes_alive
 from trellis_clients.trainers.tuning import _parameter
-from trellis_clients.trainers.tuning._memory import saved_for_backward
 from trellis_clients.trainers.tuning.visual_tuning import trained
 
 SCENARIO = """\
@@ -187,6 +189,18 @@ def test_prompts_are_replaced_before_every_block(sites):
     torch.testing.assert_close(model.features(x), base.read_out(tokens))
 
 
+def test_dropout_of_prompts_draws_a_mask_for_each_image(sites):
+    model = copy.deepcopy(sites("shallow").model).train()
+    seen = []
+    model.body.base.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:5]))
+    torch.manual_seed(0)
+    model(images(sites("shallow")))
+    dropped = seen[0] == 0
+    assert bool(dropped.any()) and not torch.equal(dropped, dropped[:1].expand_as(dropped))
+    kept = (model.body.prompts[0] / 0.9).expand_as(seen[0])
+    torch.testing.assert_close(seen[0][~dropped], kept[~dropped])
+
+
 def test_shallow_prompts_are_those_of_the_zoo_and_none_are_the_plain_model(sites, tmp_path):
     model = stirred(sites("shallow").model)
     x = images(sites("shallow"))
@@ -235,13 +249,38 @@ def test_lora_leaves_the_keys_alone_and_follows_its_equation():
     assert not k.any()
 
 
-def test_averages_of_b_are_exact_only_under_one_a():
-    """Two clients: the mean of the products is the product of the means where A is common, and else is not."""
-    generator = torch.Generator().manual_seed(0)
-    a, other = (torch.randn(2, 6, generator=generator) for _ in range(2))
-    b1, b2 = (torch.randn(4, 2, generator=generator) for _ in range(2))
-    torch.testing.assert_close((b1 @ a + b2 @ a) / 2, (b1 + b2) / 2 @ a)
-    assert not torch.allclose((b1 @ a + b2 @ other) / 2, (b1 + b2) / 2 @ ((a + other) / 2), atol=0.1)
+@pytest.mark.parametrize("recipe", ["lora", "lora-a"])
+def test_averages_of_what_is_sent_are_those_of_the_folded_weights_only_under_one_a(sites, recipe):
+    """Two clients train from the same start, and the cloud averages what they send."""
+    site = sites(recipe)
+    first = records_of(site)
+    sent, folded = [], []
+    for client in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(client)
+            site.load(first, {})
+            site.trainer.fit(site.model, site.federation.client(client), {}, Turn(2, 4, client, 2, generator(client)))
+        sent.append(records_of(site))
+        folded.append(projections(site.model))
+    assert not torch.equal(folded[0], folded[1])
+    site.load({name: (values + sent[1][name]) / 2 for name, values in sent[0].items()}, {})
+    apart = float((projections(site.model) - (folded[0] + folded[1]) / 2).abs().max())
+    moved = float((folded[0] - folded[1]).abs().max())
+    assert apart < 1e-6 if recipe == "lora" else apart > 1e-3 * moved > 1e-6
+    site.load(first, {})
+
+
+def records_of(site) -> dict[str, torch.Tensor]:
+    return {name: values.clone() for name, values in site.trainer.shared(site.model).items()}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def projections(model: nn.Module) -> torch.Tensor:
+    """Return the folded weights of every block's projection to q, k and v."""
+    return torch.stack([block.attn.qkv.folded().weight.detach() for block in model.body.blocks])
 
 
 # -- remapping --------------------------------------------------------------------------------------------
@@ -269,7 +308,7 @@ def test_the_ladder_keeps_nothing_of_the_encoder_for_backward(sites):
     kept = {}
     for recipe in ("ladder", "lora", "full"):
         model = sites(recipe).model.train()
-        kept[recipe] = saved_for_backward(model, lambda m=model: m(x).sum())
+        kept[recipe] = bytes_alive(lambda m=model: m(x).sum())
     assert kept["ladder"] < kept["lora"] <= kept["full"]
     states = []
     hook = site.model.body.base.blocks[0].register_forward_hook(lambda _, __, out: states.append(out))
@@ -278,13 +317,6 @@ def test_the_ladder_keeps_nothing_of_the_encoder_for_backward(sites):
     assert not states[0].requires_grad
     assert all(p.grad is None for p in site.model.body.base.parameters())
     site.model.zero_grad(set_to_none=True)
-
-
-def test_bytes_kept_for_backward_are_those_of_a_layer_counted_by_hand():
-    linear, x = nn.Linear(6, 4), torch.randn(5, 6)
-    assert saved_for_backward(linear, lambda: linear(x)) == 5 * 6 * 4
-    relu = saved_for_backward(linear, lambda: F.relu(linear(x)))
-    assert relu == 5 * 6 * 4 + 5 * 4 * 4
 
 
 # -- the base ---------------------------------------------------------------------------------------------
@@ -347,6 +379,19 @@ def test_mistakes_are_named(tmp_path):
         site_of(tmp_path / "bad.yaml", ["data=digits"])
 
 
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(sites):
+    trainer = sites("linear").trainer  # warms up for a tenth of the rounds
+    rates = [trainer.rate(Turn(number, 40, 0, 2, generator(0))) for number in range(1, 41)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    for number, rate in enumerate(rates[4:]):
+        assert rate == pytest.approx((1 + math.cos(math.pi * number / 36)) / 2)
+    assert 0 < rates[-1] < 0.01
+    one = [trainer.rate(Turn(number, 2, 0, 2, generator(0))) for number in (1, 2)]
+    assert one == pytest.approx([1.0, (1 + math.cos(math.pi * 4 / 9)) / 2])  # a warm-up shorter than a round is none
+    sent = sites("linear").trainer.optimizer(sites("linear").model, Turn(2, 40, 0, 2, generator(0)))
+    assert [group["lr"] for group in sent.param_groups] == pytest.approx([0.5 * trainer.config.lr] * 2)
+
+
 @pytest.mark.parametrize("recipe", ["deep", "parallel", "lora", "ssf", "ladder"])
 def test_timms_transformers_are_taken_too(tmp_path, recipe):
     (tmp_path / "timm.yaml").write_text(SCENARIO.replace("epochs: 1", "epochs: 0"))
@@ -388,18 +433,27 @@ def test_the_base_never_travels_or_travels_once(tmp_path):
     assert once[-1]["central"] == rows[-1]["central"]
 
 
-def test_a_personal_head_stays_and_survives_a_restart(tmp_path):
-    text = SCENARIO.replace("batch_size: 16", "batch_size: 16, personal: head")
+@pytest.mark.parametrize("personal", ["head", "tuned"])
+def test_what_is_personal_stays_over_rounds_and_survives_a_restart(tmp_path, personal):
+    text = SCENARIO.replace("batch_size: 16", f"batch_size: 16, personal: {personal}")
     assert resumed(tmp_path, text) == sha(tmp_path, text=text)
-    (tmp_path / "head.yaml").write_text(text)
-    site, states = site_of(tmp_path / "head.yaml"), ({}, {})
-    assert not any(name.startswith("head.") for name in site.trainer.shared(site.model))
-    for client, state in enumerate(states):
-        site.train(site.turn(contract._message(site, 1, client), client, "train"), state)
-    own, other = (state[KEPT] for state in states)
-    assert set(own) == {"head.weight", "head.bias"} and not torch.equal(own["head.weight"], other["head.weight"])
-    site.load(site.trainer.shared(site.model), states[0])
-    assert torch.equal(site.model.head.weight, own["head.weight"])  # after another client's turn, its own is back
+    (tmp_path / "personal.yaml").write_text(text)
+    site, states = site_of(tmp_path / "personal.yaml"), ({}, {})
+    heads = {"head.weight", "head.bias"}
+    own = heads if personal == "head" else set(trained(site.model)) - heads
+    assert own and set(site.trainer.shared(site.model)) == set(trained(site.model)) - own
+    common = records_of(site)
+    for number in (1, 2):
+        for client, state in enumerate(states):
+            turn = Turn(number, 4, client, 2, generator(client), received={"arrays": common})
+            before = {name: values.clone() for name, values in state.get(KEPT, {}).items()}
+            site.load(common, state)  # after another client's turn, its own is back
+            live = site.model.state_dict()
+            assert all(torch.equal(live[name], values) for name, values in {**common, **before}.items())
+            site.train(turn, state)
+            assert set(state[KEPT]) == own
+            assert not before or any(not torch.equal(state[KEPT][name], values) for name, values in before.items())
+    assert any(not torch.equal(values, states[1][KEPT][name]) for name, values in states[0][KEPT].items())
 
 
 @pytest.mark.parametrize("recipe", ["deep", "lora", "ladder"])
@@ -421,3 +475,28 @@ def test_the_data_set_is_cut_by_digits():
     assert torch.equal(data.test.fields["x"], other.test.fields["x"])
     assert not torch.equal(data.train.fields["x"], other.train.fields["x"])  # which labels there are is drawn
     assert registry.load("datasets", "novel-digits").__doc__
+
+
+def test_bases_and_targets_are_chosen_and_share_no_test_digit_with_validation():
+    plain = {"name": "novel-digits", "per_class": 7, "client_digits": [8, 9]}
+    small, large = (
+        load_data(from_mapping({"name": "data", "data": {**plain, "base_digits": base}}), 0)
+        for base in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7])
+    )
+    assert small.classes == large.classes == ("8", "9") and large.facts["base_classes"] == 32
+    for name in ("train", "test"):  # the same scans of the same digits; only what they are standardised by differs
+        one, other = (raw(each, getattr(each, name)) for each in (small, large))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    tuning = load_data(from_mapping({"name": "data", "data": {**plain, "judged_on": "validation"}}), 0)
+    assert len(tuning.test) == len(small.test)
+    parts = [
+        {image.numpy().tobytes() for image in raw(each, split).round(decimals=3)}
+        for each, split in ((small, small.test), (tuning, tuning.test), (tuning, tuning.train))
+    ]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    with pytest.raises(TrellisError, match="digit 4 stands twice"):
+        scenario.check(from_mapping({"name": "data", "data": {"name": "novel-digits", "client_digits": [4, 9]}}))
+
+
+def raw(data, split) -> torch.Tensor:
+    return split.batch(torch.arange(len(split))).x * data.facts["std"][0] + data.facts["mean"][0]

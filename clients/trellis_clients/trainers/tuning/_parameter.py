@@ -15,7 +15,8 @@ from trellis_clients.trainers.tuning._encoder import Encoder, zeros
 class Lora(nn.Module):
     """LoRA (Hu et al., ICLR 2022, section 4.1) on the query and value thirds of a joint projection to q, k and v.
 
-    ``y = W x + alpha / rank * B A x`` with A drawn Kaiming-uniform and B zero, one pair for q and one for v.
+    ``y = W x + alpha / rank * B A x`` with A drawn Kaiming-uniform and B zero, one pair for q and one for v. It is
+    written out here and tested against this equation; the library PEFT, which has it too, is no dependency.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
@@ -44,7 +45,11 @@ class Lora(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """SSF (Lian et al., NeurIPS 2022): ``scale * layer(x) + shift`` by channel; 1 and 0 at first."""
+    """SSF (Lian et al., NeurIPS 2022): ``scale * layer(x) + shift`` by channel.
+
+    They start at 1 and 0, so that the start is the frozen function; the authors' code draws them from normal
+    distributions about these, of deviation 0.02.
+    """
 
     def __init__(self, layer: nn.Module, channels: int) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ class Prompted(nn.Module):
 
     Deep prompts take the places of the former block's: what a block makes of its prompts goes no further. Prompts have
     no positions. They start uniform in ±sqrt(6 / (channels * patch area + width)), as in the authors' code, whose 3
-    channels are here as many as the images have.
+    channels are here as many as the images have. Dropout draws a mask for each image, as there.
     """
 
     def __init__(self, base: Encoder, count: int, deep: bool, dropout: float) -> None:
@@ -31,7 +31,7 @@ class Prompted(nn.Module):
         rest = tokens[:, first:]
         for number, block in enumerate(self.base.blocks):
             if number < len(self.prompts):
-                own = self.dropout(self.prompts[number]).expand(len(x), -1, -1)
+                own = self.dropout(self.prompts[number].expand(len(x), -1, -1))
                 tokens = torch.cat([tokens[:, :first], own, rest], 1)
             tokens = block(tokens)
             rest = tokens[:, first + count :]

@@ -21,6 +21,10 @@ class Ladder(nn.Module):
     Before its block l the side state is ``g_l * down_l(f_l) + (1 - g_l) * h``, where f_l is the encoder's state after
     block l and ``g_l = sigmoid(theta_l / 0.1)``; f_0, the embedding, is the first h. The side's class token, brought
     back to the encoder's width, is the feature. Nothing of the encoder is kept for a backward pass.
+
+    The authors' code starts the side network from pruned weights of the encoder where it is told to
+    (``load_side_pretrained_weights``, as its scripts for the published figures do); here it starts from nothing, for
+    which the ladder is to be expected to do worse with few labels.
     """
 
     def __init__(self, base: Encoder, reduction: int) -> None:

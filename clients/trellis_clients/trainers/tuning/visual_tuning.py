@@ -70,8 +70,8 @@ class VisualTuning(Trainer):
     otherwise. ``personal`` keeps the head, or all but the head, on the client.
 
     Pretrained weights are not downloaded: on the data set ``novel-digits`` the base learns its digits 0 to 4, which is
-    a real pretraining of a small model on few classes, and no ImageNet. On such a base every way beats the head alone,
-    and none comes near full tuning; the distance shrinks with a base of eight digits (benchmarks/claims).
+    a real pretraining of a small model on few classes, and no ImageNet. What each way is worth on such bases, and what
+    more digits and longer pretraining change, is measured in benchmarks/claims.
     """
 
     class Config(TrainerConfig):
@@ -80,7 +80,9 @@ class VisualTuning(Trainer):
         adapter: Literal["parallel", "sequential"] = "parallel"
         parameter: Literal["lora", "bitfit", "ssf", "norm"] = "lora"
         remapping: Literal["ladder", "side"] = "ladder"
-        prompts: int = Field(4, ge=0, description="tokens per prompted block; a quarter of the patches at most")
+        prompts: int = Field(
+            4, ge=0, description="tokens per prompted block; more than a quarter of the patches is much, but is taken"
+        )
         bottleneck: int = Field(8, ge=1, description="inner width of an adapter; 64 for ViT-B")
         scale: float = Field(1.0, gt=0, description="what an adapter's output is multiplied by; 0.1 in AdaptFormer")
         dropout: float = Field(0.1, ge=0, lt=1, description="on prompts, and inside adapters")
