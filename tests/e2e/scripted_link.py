@@ -48,6 +48,7 @@ class Script:
         self.answers: list[tuple[pb.SubmitHeader, bytes]] = []
         self.fetched: list[int] = []
         self.joins = self.left = 0
+        self.on_leave: Callable[[], Any] = lambda: None
         self._server = grpc.server(ThreadPoolExecutor(16), options=methods.SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers(
             (
@@ -112,6 +113,7 @@ class Script:
 
     def _leave(self, request: Any, context: Any) -> pb.LeaveResponse:
         self.left += 1
+        self.on_leave()
         return pb.LeaveResponse()
 
 

@@ -94,6 +94,7 @@ class Connection:
         self.done = self.agenda.done
         self._there = threading.Event()
         self._stopped = threading.Event()
+        self._closing = threading.Lock()
         self._stream: Any = None
         self._jitter = random.Random()  # pauses only: nothing that a run computes depends on it
         self._thread = threading.Thread(target=self._stay, name="trellis-node", daemon=True)
@@ -127,8 +128,11 @@ class Connection:
 
     def close(self, reason: str = "") -> None:
         """Leave, with a word to the server where it can be reached. Safe to call twice, from any thread."""
-        if self._stopped.is_set():
-            return
+        with self._closing:  # a second caller waits: the process may end after it, and the word is not out yet
+            if not self._stopped.is_set():
+                self._close(reason)
+
+    def _close(self, reason: str) -> None:
         self._stopped.set()
         first = self.agenda.end(EndedError(""))
         self._there.set()

@@ -315,6 +315,7 @@ class EdgeNode:
 
 def run(
     where: Where,
+    stopping: Stopping,
     *,
     node: str = "",
     config: NodeConfig | None = None,
@@ -325,12 +326,12 @@ def run(
     threads: int = 1,
     give_up_after_s: float | None = None,
     metrics_address: str | None = None,
-    stopping: Stopping | None = None,
 ) -> str:
     """Be a device until SIGTERM, and return the server's last word, "" if there was none.
 
     Args:
         where: the server and the node's credentials.
+        stopping: takes SIGTERM. Requests that are being answered have time to end, and the state is kept.
         node: its name; where credentials say it, it may be empty.
         config: which client it wants to be.
         state: folder of its store.
@@ -340,7 +341,6 @@ def run(
         threads: of ONNX Runtime.
         give_up_after_s: without the server for this long it stays away from it; serving goes on.
         metrics_address: of Prometheus metrics.
-        stopping: takes SIGTERM. Requests that are being answered have time to end, and the state is kept.
 
     Raises:
         TrellisError: options do not fit, or the server does not want this node.
@@ -352,7 +352,6 @@ def run(
         raise TrellisError("usage", f"--compression is {compression!r}; there are {', '.join(ENCODINGS)}")
     if model is not None and not model.is_file():
         raise DataError("onnx-missing", f"no model can be read from {model}")
-    stopping = stopping or Stopping()
     instance = instance_of(state)
     identity = Identity(
         where.address,

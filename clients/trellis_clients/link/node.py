@@ -20,6 +20,7 @@ from trellis_clients.link.training import TrainingNode
 
 def run(
     where: Where,
+    stopping: Stopping,
     *,
     node: str = "",
     config: NodeConfig | None = None,
@@ -29,12 +30,12 @@ def run(
     code: Path | None = None,
     give_up_after_s: float | None = None,
     metrics_address: str | None = None,
-    stopping: Stopping | None = None,
 ) -> str:
     """Be a node until the run is over or SIGTERM, and return the server's last word, "" after SIGTERM.
 
     Args:
         where: the server and the node's credentials.
+        stopping: takes SIGTERM. A task under way has time to finish; one that does not is handed back.
         node: its name; where credentials say it, it may be empty.
         config: which client it wants to be, and what is its own.
         state: folder of its store.
@@ -42,7 +43,6 @@ def run(
         allowed, code: see ``trellis_clients.link.consent``.
         give_up_after_s: without the server for this long it ends.
         metrics_address: of Prometheus metrics.
-        stopping: takes SIGTERM. A task under way has time to finish; one that does not is handed back.
 
     Raises:
         TrellisError: options do not fit, or the server does not want this node.
@@ -50,7 +50,6 @@ def run(
     config = config or NodeConfig()
     if compression not in ENCODINGS:
         raise TrellisError("usage", f"--compression is {compression!r}; there are {', '.join(ENCODINGS)}")
-    stopping = stopping or Stopping()
     instance = instance_of(state)
     identity = Identity(
         where.address,

@@ -105,6 +105,7 @@ def serve(
 
 
 def join(
+    context: typer.Context,
     address: Annotated[str, typer.Argument(help="host:port of the server", show_default=False)],
     node: Annotated[str, typer.Option(help="this node's name; by default its host's and its --state's")] = "",
     node_config: Annotated[
@@ -146,6 +147,7 @@ def join(
     from trellis.deploy.stopping import Stopping
 
     stopping = Stopping(stopped_status, grace)  # before anything heavy
+    context.call_on_close(stopping.restore)
     wanted = ("edge",) if edge else ("train,deploy", "a device without torch joins with --edge")
     with needing(*wanted):
         from trellis.deploy import joining, logs
@@ -166,6 +168,7 @@ def join(
             side = _app("edge-node")
         reason = side.run(
             where,
+            stopping,
             node=node,
             config=joining.node_config(node_config),
             state=joining.private(state),
@@ -175,7 +178,6 @@ def join(
             threads=threads,
             give_up_after_s=give_up_after,
             metrics_address=metrics_address,
-            stopping=stopping,
         )
         _leave(reason, stopped_status)
     if model is not None:
@@ -184,6 +186,7 @@ def join(
         side = _app("node")
     reason = side.run(
         where,
+        stopping,
         node=node,
         config=joining.node_config(node_config),
         state=joining.private(state),
@@ -192,7 +195,6 @@ def join(
         code=code,
         give_up_after_s=give_up_after,
         metrics_address=metrics_address,
-        stopping=stopping,
     )
     _leave(reason, stopped_status)
 

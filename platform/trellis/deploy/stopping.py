@@ -47,7 +47,7 @@ class Stopping:
 
     @contextmanager
     def during(self, stop: Callable[[], None], leave: Callable[[], int]) -> Iterator[None]:
-        """Be at work. Afterwards signals do again what they did before.
+        """Be at work. Afterwards a first signal changes nothing any more: the process is at its end.
 
         Args:
             stop: asks the work to end; called from a thread.
@@ -58,6 +58,10 @@ class Stopping:
             yield
         finally:
             self._over.set()
+
+    def restore(self) -> None:
+        """Have signals do again what they did before, for a process that goes on; not if one came: it has to end."""
+        if not self._asked:
             for number, before in self._before.items():
                 signal.signal(number, signal.SIG_DFL if before is None else before)
 
@@ -65,6 +69,8 @@ class Stopping:
         del number, frame
         if self._asked:
             os._exit(AT_ONCE)
+        if self._over.is_set():
+            return
         self._asked = True
         if self._stop is None:
             self._exit(self.status)
