@@ -36,6 +36,7 @@ SERVING = "platform/trellis/deploy/serving.py"
 JOINING = "platform/trellis/deploy/joining.py"
 NODE = "clients/trellis_clients/link/connection.py"
 TRAINING = "clients/trellis_clients/link/training.py"
+EDGE_NODE = "clients/trellis_clients/link/edge_node.py"
 STORE = "clients/trellis_clients/link/store.py"
 CONSENT = "clients/trellis_clients/link/consent.py"
 CHECKPOINT = "server/trellis_server/checkpoint.py"
@@ -129,6 +130,8 @@ MUTANTS = [
            f"{T_NODES}::test_a_node_sends_its_token_to_nobody_in_the_clear"),
     Mutant("consent by digest", CONSENT, " and digest(path.read_bytes()) in self.allowed", "",
            f"{T_GRPC}::test_code_from_a_file_runs_only_with_the_operators_consent"),
+    Mutant("a device's weights are the source's", EDGE_NODE, "if wanted is None or device.weights == wanted:",
+           "if True:", "e2e/test_edge_link.py::test_a_model_of_other_weights_is_refused_and_the_clouds_is_taken"),
     # the admission gate and the round
     Mutant("gate: finite", CHECKS, "return None if reply.expected is None else reply.measured.nonfinite",
            "return None", OFFENDER),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -49,6 +50,13 @@ def folder(request, tmp_path):
 
 
 # -- the buffer -------------------------------------------------------------------------------------------
+
+
+def test_what_waits_on_disk_is_closed_to_others_on_the_machine(tmp_path):
+    add(UploadBuffer(3, 10**6, folder=tmp_path / "uploads"), 1)
+    Runtime(tiny_model(), folder=tmp_path / "state")
+    for name in ("uploads", "state"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(("items", "size"), [(3, 10**6), (10**6, 3 * IMAGE + 5)])

@@ -117,6 +117,48 @@ def test_what_the_file_says_of_itself(tmp_path):
     assert any("agreement" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("name", ["cnn-batch", "vit"])
+def test_the_file_says_which_weights_it_was_made_from_in_int8_too(name):
+    model = fresh(name)
+    held = adaptation.weights_digest(model)
+    assert len(held) == 64
+    assert {read(blob(name, precision)).about.weights for precision in ("none", "int8")} == {held}
+    other = fresh(name)
+    other.load_state_dict({key: values.clone() for key, values in model.state_dict().items()})
+    assert adaptation.weights_digest(other.double()) != held  # of another type
+    assert adaptation.weights_digest(other.float()) == held
+    for key, values in other.state_dict().items():  # every weight and statistic counts, and a counter does not
+        before = values.clone()
+        values.view(-1)[:1] += 1
+        assert (adaptation.weights_digest(other) != held) == values.is_floating_point(), key
+        values.copy_(before)
+    assert adaptation.weights_digest(other) == held
+
+
+def test_a_digest_stays_what_it_is():
+    """Two arrays by hand: files that are out there must be known by later versions."""
+    import hashlib
+    import struct
+
+    layer = nn.Linear(2, 1)
+    layer.load_state_dict({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([0.5])})
+    told = b"bias\0torch.float32\0(1,)\0" + struct.pack("<f", 0.5)
+    told += b"weight\0torch.float32\0(1, 2)\0" + struct.pack("<ff", 1, 2)
+    assert adaptation.weights_digest(layer) == hashlib.sha256(told).hexdigest()
+
+
+def test_a_file_without_a_digest_is_read_and_one_that_is_no_text_is_not():
+    proto = onnx.ModelProto.FromString(blob("mlp"))
+    (entry,) = (each for each in proto.metadata_props if each.key == "trellis.model")
+    said = json.loads(entry.value)
+    del said["weights"]
+    entry.value = json.dumps(said)
+    assert read(proto.SerializeToString()).about.weights is None
+    entry.value = json.dumps(said | {"weights": 3})
+    with pytest.raises(DataError, match="damaged"):
+        read(proto.SerializeToString())
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path):
     for name in ("a.onnx", "b.onnx"):
         export(tmp_path / name, "mlp", model=fresh("mlp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -307,7 +308,8 @@ def link(tmp_path, source):
         return node
 
     def send(kind="train.stream", timeout=10.0, **content):
-        config = ConfigRecord({"batches": 1, "server-round": send.round})
+        digest = {"source-sha256": content.pop("digest")} if "digest" in content else {}
+        config = ConfigRecord({"batches": 1, "server-round": send.round, **digest})
         send.round += 1
         list(send.grid.get_node_ids())  # waits until it has joined
         (reply,) = send.grid.stream(
@@ -329,12 +331,12 @@ def arrays_of(source: Path, change: float = 0.0) -> ArrayRecord:
     return records.array_record({name: values + np.float32(change) for name, values in predictor.affine().items()})
 
 
-def answering(node: EdgeNode, batches: int, seconds: float = 20.0) -> threading.Thread:
-    """Give a device something to answer once it serves."""
+def answering(node: EdgeNode, batches: int, seconds: float = 20.0, after: Device | None = None) -> threading.Thread:
+    """Give a device something to answer once it serves, ``after`` another one."""
 
     def work():
         end = time.monotonic() + seconds
-        while node.device is None and time.monotonic() < end:
+        while node.device in (None, after) and time.monotonic() < end:
             time.sleep(0.02)
         runtime = node.device.runtime
         for seed in range(batches):
@@ -445,6 +447,79 @@ def test_without_a_model_it_asks_for_one_and_takes_the_clouds(link, source):
     assert not reply.has_error(), reply.error
     damaged = records.array_record({"onnx": blob[:1000]})
     assert not send(arrays=arrays_of(source), model=damaged, timeout=1.5).has_content()  # it has one; only nobody asks
+
+
+def test_a_model_that_is_refused_does_not_stay(link, source, tmp_path):
+    """What the cloud sent is of no use: it is gone, and the next one is taken. An operator's own file stays."""
+    start, send = link
+    node = start(None)
+    blob = np.frombuffer((source / "source.onnx").read_bytes(), np.uint8)
+    damaged = records.array_record({"onnx": blob[:1000]})
+    assert "onnx-damaged" in send(arrays=arrays_of(source), model=damaged).error.reason
+    assert not list((tmp_path / "device").rglob("model.onnx"))
+    answering(node, 2)
+    reply = send(arrays=arrays_of(source), model=records.array_record({"onnx": blob}))
+    assert not reply.has_error(), reply.error
+    (kept,) = (tmp_path / "device").rglob("model.onnx")
+    node.stop()
+    until(lambda: not any(thread.name == "housekeeping" for thread in threading.enumerate()))
+    kept.write_bytes(blob[:1000].tobytes())  # as a device of an earlier version kept it
+    node = start(None)
+    assert "edge-no-model" in send(arrays=arrays_of(source)).error.reason
+    assert not kept.exists()
+
+
+def test_a_model_of_other_weights_is_refused_and_the_clouds_is_taken(link, source, tmp_path):
+    """Names and shapes fit, so that nothing but the digest tells: scales and shifts would be those of another model."""
+    start, send = link
+    blob = (source / "source.onnx").read_bytes()
+    right = loading.load(source / "source.onnx", "m").weights
+    node = start(None)
+    wrong = send(arrays=arrays_of(source), digest="0" * 64, model=onnx_record(blob))
+    assert "edge-other-model" in wrong.error.reason and node.device is None
+    assert not list((tmp_path / "device").rglob("model.onnx"))
+    answering(node, 2)
+    reply = send(arrays=arrays_of(source, 0.125), digest=right, model=onnx_record(blob))
+    assert not reply.has_error() and reply.content["metrics"]["affine-version"] == 1
+    # A device that serves already takes nothing in, and is sent another.
+    refused = send(arrays=arrays_of(source, 0.25), digest="1" * 64)
+    assert "edge-other-model" in refused.error.reason and node.device.runtime.live.affine_version == 1
+    answering(node, 2, after=node.device)
+    assert not send(arrays=arrays_of(source), digest=right, model=onnx_record(blob)).has_error()
+
+
+def test_an_operators_model_is_left_where_it_is(link, source, tmp_path, caplog):
+    start, send = link
+    mine = tmp_path / "mine.onnx"
+    mine.write_bytes((source / "source.onnx").read_bytes())
+    node = start(mine)
+    assert "--model" in send(arrays=arrays_of(source), digest="0" * 64).error.reason
+    assert mine.exists() and node.device is None
+    node.stop()
+    # One without a digest, as an earlier version exported it, is served, and said to be so once.
+    mine.write_bytes(without_digest(source / "source.onnx"))
+    with caplog.at_level("WARNING", "trellis.node"):
+        node = start(mine)
+        for _ in range(2):
+            answering(node, 2)
+            assert not send(arrays=arrays_of(source), digest="0" * 64).has_error()
+    assert [record.message for record in caplog.records].count("model not compared with the cloud's") == 1
+
+
+def onnx_record(blob: bytes) -> ArrayRecord:
+    return records.array_record({"onnx": np.frombuffer(blob, np.uint8)})
+
+
+def without_digest(path: Path) -> bytes:
+    import onnx
+
+    proto = onnx.load(path)
+    for entry in proto.metadata_props:
+        if entry.key == "trellis.model":
+            said = json.loads(entry.value)
+            del said["weights"]
+            entry.value = json.dumps(said)
+    return proto.SerializeToString()
 
 
 def test_the_trainers_options_are_the_devices(source):

@@ -11,6 +11,7 @@ import pytest
 from test_cema import SCENARIO, ask, attached, pixels, upload
 from trellis import records, scenario
 from trellis.errors import DataError
+from trellis.models import adaptation
 from trellis_clients.contract import site_of
 from trellis_clients.edge.session import OnnxPredictor
 from trellis_server import strategy_state
@@ -67,11 +68,15 @@ def test_the_source_model_goes_along_exported_and_is_kept(site):
     assert set(predictor.affine()) == set(arrays) == set(first[0].content["arrays"])
     for name, values in predictor.affine().items():
         np.testing.assert_array_equal(values, records.view(arrays[name]))
+    assert {message.content["config"]["source-sha256"] for message in first} == {predictor.about.weights}
+    assert predictor.about.weights == adaptation.weights_digest(strategy.cloud.source)
     x = np.asarray(site.federation.data.test.fields["x"][:8])
     expected = strategy.cloud.source(site.federation.data.test.fields["x"][:8]).detach().numpy()
     np.testing.assert_allclose(predictor(x).logits, expected, rtol=1e-4, atol=1e-4)
     strategy.aggregate_train(1, [upload(m, pixels(seed=k)) for k, m in enumerate(first)])
-    assert all("model" not in message.content for message in ask(strategy, arrays, 2))
+    later = ask(strategy, arrays, 2)
+    assert all("model" not in message.content for message in later)
+    assert {message.content["config"]["source-sha256"] for message in later} == {predictor.about.weights}
     tensors, values = strategy_state.capture(strategy)
     raw = {
         **scenario.plain(site.scenario),

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(given)
     except ModuleNotFoundError as error:
         found: TrellisError = PluginError(
-            "app-missing", f"{error.name!r} is not installed: pip install 'trellis[edge]'"
+            "app-missing", f"{error.name!r} is not installed: pip install '.[edge]' in a checkout"
         )
     except TrellisError as error:
         found = error

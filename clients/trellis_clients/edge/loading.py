@@ -41,7 +41,7 @@ def load(path: Path, name: str, threads: int = 1) -> Model:
                     f"{path}: preprocessing.{key} is {values}; expected one finite value, or one for each of "
                     f"{predictor.shape[0]} channels, and a deviation above zero",
                 )
-    return Model(predictor, name, hashlib.sha256(blob).hexdigest(), preprocessing, "x")
+    return Model(predictor, name, hashlib.sha256(blob).hexdigest(), preprocessing, "x", predictor.about.weights)
 
 
 def source(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ class Model:
         fingerprint: of the file; a state that was kept belongs to one model.
         preprocessing: of pixels; None where the model does not take images.
         input_name: of its one input, for clients.
+        weights: digest of the weights that it was made from; None where its file does not say.
     """
 
     predictor: Predictor
@@ -28,6 +29,7 @@ class Model:
     fingerprint: str
     preprocessing: Preprocessing | None = None
     input_name: str = "input"
+    weights: str | None = None
 
     def check(self) -> None:
         """Predict one example of zeros.

@@ -63,6 +63,8 @@ class Description:
         can: what the model can be asked for beside a prediction: affine, mixing, shift, prompts, activations.
         quantization: none or int8.
         ranges: least and greatest value of batch norms' results over the calibration data, by value name.
+        weights: SHA-256 of the weights it was made from, see ``trellis.models.adaptation.weights_digest``; the same in int8
+            and float32. None in files that were written before there was one.
         preprocessing, source, quality: as ``docs/edge-export.md`` has them; free for a reader to ignore.
     """
 
@@ -77,6 +79,7 @@ class Description:
     can: tuple[str, ...]
     quantization: str
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    weights: str | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -244,6 +247,7 @@ def _description(message: Any) -> Description:
             can=tuple(map(_text, said["can"])),
             quantization=_text(said["quantization"]),
             ranges={_text(name): (_finite(low), _finite(high)) for name, (low, high) in said["ranges"].items()},
+            weights=_text(said["weights"]) if "weights" in said else None,
             **{key: dict(value) for key, value in rest.items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -124,7 +124,7 @@ class Runtime:
         self._saving = Lock()
         self.live = self._prepared(model)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what callers sent is theirs
             self._restore(folder / STATE)
         self._show()
 

@@ -76,7 +76,7 @@ class UploadBuffer:
         self._lent: set[int] = set()
         self._lock = Lock()
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of the user
             self._restore(folder)
 
     def __len__(self) -> int:

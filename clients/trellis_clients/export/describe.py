@@ -58,6 +58,7 @@ def describe(
         "can": [name for name, able in can.items() if able],
         "quantization": "none" if ranges is None else "int8",
         "ranges": {name: list(span) for name, span in (ranges or {}).items()},
+        "weights": adaptation.weights_digest(model),
     }
     del proto.metadata_props[:]
     entries = {"format": FORMAT, "model": json.dumps(said), **{key: json.dumps(value) for key, value in more.items()}}

@@ -84,18 +84,23 @@ class Device:
         model: the file.
         serving: see there.
 
+    Attributes:
+        model: the file.
+        weights: digest of the weights that it was made from; None where the file does not say.
+
     Raises:
         TrellisError: the model is refused, or does not suit the duty.
     """
 
     def __init__(self, duty: Duty, store: Store, model: Path, serving: Serving) -> None:
-        self.duty, self.store = duty, store
+        self.duty, self.store, self.model = duty, store, model
         folder = store.folder / "device"
         loaded = self._load(model, serving)
         if loaded.preprocessing is None:
             raise DataError(
                 "edge-preprocessing", f"{model} does not say how pixels become its inputs, so none can be uploaded"
             )
+        self.weights = loaded.weights
         adapter, options = duty.adapter(loaded.predictor)
         settings = Settings(
             adapter=adapter, options=options, selection=duty.selection, queue=serving.queue, batch=serving.batch

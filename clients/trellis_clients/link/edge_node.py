@@ -73,6 +73,7 @@ class EdgeNode:
         self.encoding, self.announced = encoding, announced
         self.device: Device | None = None
         self._settled: Device | None = None
+        self._warned: Device | None = None
         self._key = ""
         self._stop = threading.Event()
 
@@ -161,6 +162,7 @@ class EdgeNode:
         if task.kind != STREAM:
             raise DataError("edge-task", f"a device answers {STREAM!r}; it cannot do {task.kind!r:.80}")
         device = self._device(task)
+        self._same_model(device, task)
         self._settle(device, task.id)
         store, answer = device.store, device.store.answer(task.id)
         if answer is None:
@@ -260,7 +262,7 @@ class EdgeNode:
             return self.device
         store = Store(self.folder, place.run, duty.cell, place.client, place.keep_answers)
         own = store.folder / "device"
-        own.mkdir(exist_ok=True)
+        own.mkdir(mode=0o700, exist_ok=True)
         model = self.model or own / "model.onnx"
         if not model.exists() and self.model is None:
             sent = self._record(task, "model")
@@ -272,16 +274,52 @@ class EdgeNode:
                 )
             write(model, sent.values["onnx"].tobytes())
         write(own / "setup.json", setup)
-        self._serve(duty, store, model)
+        try:
+            self._serve(duty, store, model, task)
+        except DataError:
+            self._forget(model)
+            raise
         kept = {"run": place.run, "cell": duty.cell, "client": place.client, "keep": place.keep_answers}
         write(self.folder / "device.json", json.dumps(kept).encode())
         self._key = key
         assert self.device is not None
         return self.device
 
-    def _serve(self, duty: edge_duty.Duty, store: Store, model: Path) -> None:
+    def _same_model(self, device: Device, task: pb.Task) -> None:
+        """Refuse a task that is for other weights than those this device holds: its scales and shifts fit no other.
+
+        Raises:
+            DataError: they are others. A file that the cloud sent is removed, so that the cloud's is asked for again.
+        """
+        config = self._record(task, "config")
+        wanted = config.values.get("source-sha256") if config is not None else None
+        if wanted is None or device.weights == wanted:
+            return
+        if device.weights is None:
+            if self._warned is not device:
+                self._warned = device
+                reason = f"{device.model} does not say which weights it holds; export it with this version"
+                self.log.warning("model not compared with the cloud's", extra={"reason": reason})
+            return
+        self._forget(device.model)
+        raise DataError(
+            "edge-other-model",
+            f"{device.model} holds other weights ({device.weights:.8}…) than the scenario's source model"
+            f" ({plain(str(wanted)):.8}…): export the model of strategy.source_weights for --model, or leave --model out"
+            " and set strategy.device_model",
+        )
+
+    def _forget(self, model: Path) -> None:
+        """Remove a model that the cloud sent and that is of no use: with the next task it sends its own."""
+        if self.model is None:
+            model.unlink(missing_ok=True)
+            self._key = ""
+
+    def _serve(self, duty: edge_duty.Duty, store: Store, model: Path, task: pb.Task | None = None) -> None:
         """Begin to serve; what was served before ends first, as two do not fit on one address."""
         device = Device(duty, store, model, self.serving)
+        if task is not None:
+            self._same_model(device, task)  # before anybody can ask it
         device.runtime.metrics.registry.register(self.metrics)  # a node's figures stand on the device's page
         if self.device is not None:
             self.device.stop(DRAIN_S)
@@ -303,7 +341,11 @@ class EdgeNode:
             model = self.model or own / "model.onnx"
             if not model.exists():
                 return
-            self._serve(duty, store, model)
+            try:
+                self._serve(duty, store, model)
+            except DataError:
+                self._forget(model)
+                raise
             self._key = f"{place['run']}/{client}/{duty.cell}"
         except FileNotFoundError:
             return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +32,23 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in layer.named_buffers(recurse=False)
         if buffer.is_floating_point()
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256, in hexadecimal, of a model's floating-point weights and statistics.
+
+    Of names, types, shapes and little-endian values in the order of names, so that the same weights have the same
+    digest on every device, whichever way they came there. Counters (``num_batches_tracked``) do not enter: they change
+    no prediction.
+    """
+    sha = hashlib.sha256()
+    for name, values in sorted(model.state_dict().items()):
+        if values.is_floating_point():
+            plain = values.detach().cpu().contiguous()
+            raw = plain.reshape(-1).view(torch.uint8).numpy().reshape(-1, plain.element_size())
+            sha.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+            sha.update((raw if sys.byteorder == "little" else raw[:, ::-1]).tobytes())
+    return sha.hexdigest()
 
 
 def train_only_affine(model: nn.Module) -> nn.Module:

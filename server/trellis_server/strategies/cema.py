@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trellis import experiment, flower, records, registry, seeding
 from trellis.errors import DataError
-from trellis.models import pretraining
+from trellis.models import adaptation, pretraining
 from trellis.registry import register
 from trellis.scenario import Component, validated
 from trellis_server.cloud_adaptation import CloudAdaptation, Settings
@@ -36,6 +36,8 @@ from trellis_server.strategies._build import BuildContext, Sampling, sampling
 MESSAGE = "train.stream"
 SOURCE = "source"
 DEVICE_MODEL = "model"
+SOURCE_DIGEST = "source-sha256"
+"""Of the source model's weights, with every message: a device that holds a model can see whether it is this one."""
 UPLOADS = "uploads"
 IMAGES = "images"
 SUMMED = ("seen", "right", "uploaded", "upload-bytes", "forwards", "backwards")
@@ -101,6 +103,7 @@ class Cema(FedAvg):
         self.config, self.seed, self.folder = config, seed, folder
         self.cloud: CloudAdaptation | None = None
         self.source: ArrayRecord | None = None
+        self.source_digest: str | None = None
         self.device_model: ArrayRecord | None = None
         self.asked: set[int] = set()
         self.deployed: set[int] = set()
@@ -127,7 +130,7 @@ class Cema(FedAvg):
             edge = self.site.trainer.build().to(device)
         self._start(edge, c.source_weights, "source", self.resumed and self.resumed["source"])
         self.names = list(self.site.trainer.shared(edge))
-        self.source = _record(edge.state_dict())
+        self.source, self.source_digest = _record(edge.state_dict()), adaptation.weights_digest(edge)
         self.device_model = self._device_model(edge)
         self.site.trainer.source = {name: values.clone() for name, values in edge.state_dict().items()}
         settings = Settings(
@@ -204,6 +207,8 @@ class Cema(FedAvg):
     ) -> Iterable[Message]:
         """Send every sampled edge its copy's affine parameters, and the source model if it has none yet."""
         config["batches"] = self.config.batches
+        if self.source_digest is not None:
+            config[SOURCE_DIGEST] = self.source_digest
         messages = []
         for message in super().configure_train(server_round, arrays, config, grid):
             node = message.metadata.dst_node_id
