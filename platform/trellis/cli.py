@@ -235,31 +235,15 @@ def compare(
 @app.command("list")
 def list_(group: Annotated[str, typer.Argument(help="trainers, strategies, datasets, partitioners or models")]) -> None:
     """List the plug-ins of a kind: bundled ones and those of installed packages."""
-    from trellis import registry
+    from trellis import describe
 
-    group = _group(group)
-    columns = {"trainers": ("takes", "sends"), "strategies": ("merges",), "datasets": ("kind",)}.get(group, ())
-    families = ("kind",) if group == "trainers" else ()
-    table = Table("name", *families, "summary", *columns, "paper", box=None, pad_edge=False)
-    for name, plugin in registry.plugins(group).items():
-        try:
-            info = registry.info_of(plugin.load())
-        except Exception as error:  # one broken third-party plug-in must not hide the others
-            failed = f"[red]does not load: {type(error).__name__}[/red]"
-            table.add_row(name, *(plugin.family for _ in families), failed, *("-" for _ in columns), "")
-            continue
-        facts = (info.facts.get(column, "-") for column in columns)
-        family = (plugin.family for _ in families)
-        table.add_row(
-            name, *family, info.summary, *(f if isinstance(f, str) else ", ".join(f) for f in facts), info.paper
-        )
-    out.print(table)
+    out.print(describe.plugins(_group(group)))
 
 
 @app.command()
 def info(group: str, name: str) -> None:
     """Show a plug-in: what it is, its parameters with defaults, and how a scenario names it."""
-    from trellis import registry
+    from trellis import describe, registry
     from trellis.scenario import COMPONENTS
 
     group = _group(group)
@@ -268,16 +252,12 @@ def info(group: str, name: str) -> None:
     out.print(f"[bold]{about.name}[/bold]  {about.summary}")
     if about.paper:
         out.print(f"Paper: {about.paper}", markup=False)
-    for key, value in about.facts.items():
-        out.print(f"{key}: {value if isinstance(value, str) else ', '.join(map(str, value))}", markup=False)
-    table = Table("parameter", "type", "default", "", box=None, pad_edge=False)
-    properties = cls.Config.model_json_schema().get("properties", {})  # type: ignore[attr-defined]
-    for key, facts in properties.items():
-        kinds = facts.get("type") or " | ".join(str(k.get("type", k.get("const", "?"))) for k in facts.get("anyOf", []))
-        if "enum" in facts:
-            kinds = " | ".join(map(str, facts["enum"]))
-        table.add_row(key, kinds, json.dumps(facts.get("default")), facts.get("description", ""))
-    out.print(table)
+    for line in describe.facts(about):
+        out.print(line, markup=False)
+    config = cls.Config  # type: ignore[attr-defined]
+    if parameters := describe.parameters(config):
+        out.print()
+        out.print(describe.parameter_table(parameters))
     if group == "trainers":
         from trellis import examples
 
@@ -285,10 +265,11 @@ def info(group: str, name: str) -> None:
         out.print(f"\nA scenario that runs it{f', {path.name}' if path else ''}:\n", markup=False)
         out.print(text.rstrip(), markup=False)
         return
-    example = {k: f.get("default") for k, f in properties.items() if f.get("default") is not None}
     out.print(f"\n{COMPONENTS[group]}:\n  name: {about.name}", markup=False)
-    for key, value in list(example.items())[:4]:
-        out.print(f"  {key}: {json.dumps(value)}", markup=False)
+    example = [each for each in parameters if each.default != "null" and "." not in each.key]
+    for each in sorted(example, key=lambda each: each.default != describe.REQUIRED)[:4]:
+        value = "..." if each.default == describe.REQUIRED else each.default
+        out.print(f"  {each.key}: {value}", markup=False)
 
 
 @app.command()
@@ -332,7 +313,9 @@ def edge(context: typer.Context) -> None:
 
     for entry in entry_points(group="trellis.apps", name="edge"):
         raise typer.Exit(entry.load().main(context.args))
-    raise PluginError("app-missing", "no installed package runs models on a device: pip install 'trellis[edge]'")
+    raise PluginError(
+        "app-missing", "no installed package runs models on a device: pip install '.[edge]' in a checkout"
+    )
 
 
 @new_app.command("trainer")

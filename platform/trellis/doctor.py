@@ -51,7 +51,9 @@ def _packages(scenario: Scenario) -> list[Finding]:
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            findings.append(Finding("fail", "packages", f"{requirement.name} is missing; pip install 'trellis[train]'"))
+            findings.append(
+                Finding("fail", "packages", f"{requirement.name} is missing; pip install '.[train]' in a checkout")
+            )
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             findings.append(

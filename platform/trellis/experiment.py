@@ -54,7 +54,9 @@ def app_module(side: str) -> ModuleType:
     for entry in entry_points(group="trellis.apps", name=side):
         module: ModuleType = entry.load()
         return module
-    raise PluginError("app-missing", f"the {side} side of Trellis is not installed: pip install 'trellis[train]'")
+    raise PluginError(
+        "app-missing", f"the {side} side of Trellis is not installed: pip install '.[train]' in a checkout"
+    )
 
 
 def execute(run: Run, hooks: Hooks | None = None, grids: Grids | None = None) -> Outcome:

@@ -208,7 +208,9 @@ def import_file(path: Path) -> ModuleType:
 
 def _advice(error: Exception) -> str:
     missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    return ". Training and simulation need more: pip install 'trellis[train]'" if missing in TRAIN_PACKAGES else ""
+    return (
+        ". Training and simulation need more: pip install '.[train]' in a checkout" if missing in TRAIN_PACKAGES else ""
+    )
 
 
 def _one(group: str) -> str:

@@ -134,4 +134,4 @@ def test_what_needs_torch_says_what_to_install(environment):
         capture_output=True, text=True, timeout=60, check=False, cwd=environment,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "pip install 'trellis[train]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install '.[train]'" in done.stderr and "Traceback" not in done.stderr

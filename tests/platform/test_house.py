@@ -46,7 +46,7 @@ def test_without_torch_an_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("trellis.data.sets.digits")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(PluginError, match=r"pip install 'trellis\[train\]'"):
+    with pytest.raises(PluginError, match=r"pip install '\.\[train\]' in a checkout"):
         registry.load("datasets", "digits")
 
 

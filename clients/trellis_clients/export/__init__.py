@@ -46,6 +46,6 @@ def _worker(module: str, name: str) -> Callable[..., Report]:
             raise
         raise PluginError(
             "export-missing",
-            f"exporting needs {error.name}, which is not installed: pip install 'trellis[train,export]'",
+            f"exporting needs {error.name}, which is not installed: pip install '.[train,export]' in a checkout",
         ) from None
     return found

@@ -74,5 +74,6 @@ def configure(as_json: bool, role: str, level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("trellis").setLevel(level)
+    logging.captureWarnings(as_json)  # Python's own warnings are lines of the log too
     if not as_json:
         logging.getLogger("trellis.link.tasks").setLevel(logging.WARNING)  # a line a task: for machines

@@ -69,7 +69,7 @@ def start_ray(
     try:
         import ray
     except ImportError:
-        raise GridError("ray-missing", "Ray is not installed; run: pip install 'trellis[train]'") from None
+        raise GridError("ray-missing", "Ray is not installed; run: pip install '.[train]' in a checkout") from None
     if ray.is_initialized():
         return False
     _quiet()
