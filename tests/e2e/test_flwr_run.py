@@ -83,6 +83,36 @@ def test_flwr_run_runs_a_scenario_to_the_bits_of_trellis_run(tmp_path, flwr):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_superlink_and_two_supernodes_come_to_the_bits_of_trellis_run(tmp_path, flwr):
+    """As on real machines: Flower starts a process for every message a node gets, which imports torch anew."""
+    runs = tmp_path / "runs"
+    settings = (
+        "clients=2",
+        "rounds.count=2",
+        "rounds.clients_per_round=2",
+        "model.hidden=[8]",
+        "rounds.deadline_s=600",
+    )
+    flwr.deploy(nodes=2)
+    done = flwr.run_deployed(APP, f"runs='{runs}' set='{'; '.join(settings)}'", timeout=1200)
+    logs = "".join(path.read_text()[-3000:] for path in flwr.home.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    (folder,) = runs.glob("flower-app/*")
+    assert read_status(folder)["state"] == "complete", (read_status(folder), logs)
+    lines = read_lines(folder / "cells" / "main-seed0" / "metrics.jsonl")
+    assert [(line["round"], line["replies"], line["failures"]) for line in lines[1:]] == [(1, 2, []), (2, 2, [])]
+
+    loaded = scenario.load(APP / "scenario.yaml", (*settings, "seeds=[0]", "runtime.grid=local"))
+    own = experiment.execute(Run.create(tmp_path / "own", loaded))
+    summary = json.loads((folder / "cells" / "main-seed0" / "summary.json").read_text())
+    assert summary["sha256"] == own.summaries[0]["sha256"]
+    programs = {Path(part).name for each in flwr.processes() for part in each.cmdline()[:2]}
+    assert {"flower-superlink", "flower-supernode"} <= programs, "the nodes were others"
+    assert flwr.stop() == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_flwr_run_with_another_number_of_nodes_says_so(tmp_path, flwr):
     federations.write(tmp_path)
