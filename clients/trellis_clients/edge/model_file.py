@@ -63,8 +63,8 @@ class Description:
         can: what the model can be asked for beside a prediction: affine, mixing, shift, prompts, activations.
         quantization: none or int8.
         ranges: least and greatest value of batch norms' results over the calibration data, by value name.
-        weights: SHA-256 of the weights it was made from, see ``trellis.models.adaptation.weights_digest``; the same in int8
-            and float32. None in files that were written before there was one.
+        weights: SHA-256 of the weights it was made from, see ``trellis.models.adaptation.weights_digest``; the same in
+            int8 and float32. None in files that were written before there was one.
         preprocessing, source, quality: as ``docs/edge-export.md`` has them; free for a reader to ignore.
     """
 

@@ -305,8 +305,8 @@ class EdgeNode:
         raise DataError(
             "edge-other-model",
             f"{device.model} holds other weights ({device.weights:.8}…) than the scenario's source model"
-            f" ({plain(str(wanted)):.8}…): export the model of strategy.source_weights for --model, or leave --model out"
-            " and set strategy.device_model",
+            f" ({plain(str(wanted)):.8}…): export the model of strategy.source_weights for --model, or leave --model"
+            " out and set strategy.device_model",
         )
 
     def _forget(self, model: Path) -> None:
