@@ -6,6 +6,7 @@
         scenario.yaml       resolved and complete
         environment.json    versions and machine
         status.json         running, complete or failed, with the reason
+        seats.json          of a deployed run: which node is which client
         cells/<variant>-seed<k>/
             metrics.jsonl   one line a round
             clients.jsonl   one line a client's reply
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LATEST = "latest"
+SEATS = "seats.json"
 VERSIONS = ("trellis", "flwr", "ray", "torch", "numpy", "flwr-datasets", "scikit-learn", "pydantic")
 
 
@@ -180,6 +182,11 @@ class Run:
         if self._lock:
             self._lock.close()
             self._lock = None
+
+    @property
+    def deployed(self) -> bool:
+        """Whether its clients were nodes: then the run's folder says which node is which client."""
+        return (self.path / SEATS).is_file()
 
     def cells(self) -> Iterator[tuple[Scenario, CellFolder]]:
         """Yield every variant and seed with its complete scenario and folder, seeds innermost."""

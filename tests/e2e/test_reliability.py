@@ -43,6 +43,7 @@ from trellis_clients.link.connection import Connection, Identity
 from trellis_clients.link.consent import Consent
 from trellis_clients.link.store import Store
 from trellis_clients.link.store import write as write_whole
+from trellis_server import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUR = range(4)
@@ -383,6 +384,92 @@ def test_a_node_that_dies_before_it_could_note_that_its_answer_counts(tmp_path, 
         _, outcome = serve(tmp_path, listening)
     assert died
     assert outcome.summaries[0]["sha256"] == simulated
+
+
+@pytest.mark.battery("F1", "F2")
+def test_server_and_node_are_killed_between_the_checkpoint_and_the_nodes_note(tmp_path, monkeypatch):
+    """The checkpoint tells the server that is back which answers counted, and it tells the node: same bits."""
+    overrides = ("evaluation.federated_every=0",)
+    expected = sha(tmp_path, overrides, SCENARIO)
+    accepted, seen = Store.accepted, []
+
+    with nodes(tmp_path) as fleet:
+
+        def die(store, task):
+            if "node-2" in str(store.folder):
+                seen.append(task)
+                if len(seen) == 2:
+                    fleet.running["node-2"][0].connection._stopped.set()  # no word of farewell
+                    raise KeyboardInterrupt
+            accepted(store, task)
+
+        def killed(_, line):
+            if line["round"] == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Store, "accepted", die)
+        runs = []
+        with pytest.raises(KeyboardInterrupt):
+            serve(
+                tmp_path,
+                lambda port: [fleet.start(port, client) for client in FOUR],
+                overrides=overrides,
+                hooks=experiment.Hooks(on_cell=lambda folder, _: runs.append(folder.path), on_round=killed),
+            )
+    assert len(seen) == 2
+    with nodes(tmp_path) as fleet:
+        run = Run.open(runs[0].parents[1])
+        outcome = carry_on(run, lambda port: [fleet.start(port, client) for client in FOUR])
+    assert outcome.summaries[0]["sha256"] == expected
+
+
+@pytest.mark.battery("F1", "F2")
+def test_a_round_that_is_done_again_without_a_client_leaves_no_trace_of_its_lost_answer(tmp_path, monkeypatch):
+    """The server is killed before the checkpoint of round 2, and client 1 is away when it asks again."""
+    fault = tmp_path / "fault"
+    (tmp_path / "late.py").write_text(LATE)
+    given = yaml.safe_load(SCENARIO) | {"trainer": {"name": "late.py:Late", "lr": 0.1, "fault": str(fault)}}
+    overrides = ("rounds.quorum=0.7", "evaluation.federated_every=0")
+    fault.write_text("raise")
+    expected = sha(tmp_path, overrides, yaml.safe_dump(given))
+    fault.write_text("late")
+    consent = Consent([digest(LATE.encode())], tmp_path)
+    save, runs = checkpoint.save, []
+
+    def killed(folder, snapshot, keep):
+        if snapshot.round == 2:
+            raise KeyboardInterrupt
+        save(folder, snapshot, keep)
+
+    with nodes(tmp_path) as fleet, monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            serve(
+                tmp_path,
+                lambda port: [fleet.start(port, client, changed=consent) for client in FOUR],
+                yaml.safe_dump(given),
+                overrides,
+                experiment.Hooks(on_cell=lambda folder, _: runs.append(folder.path)),
+            )
+    with nodes(tmp_path) as fleet:
+        ports: list[int] = []
+
+        def listening(port):
+            ports.append(port)
+            for client in (0, 2, 3):
+                fleet.start(port, client, changed=consent)
+
+        def come_back(_, line):
+            if line["round"] == 2:
+                node = fleet.start(ports[0], 1, changed=consent)
+                while node.connection.joined is None:
+                    time.sleep(0.01)
+                time.sleep(0.3)
+
+        run = Run.open(runs[0].parents[1])
+        outcome = carry_on(run, listening, experiment.Hooks(on_round=come_back), QUICK, min_clients=3)
+    assert [row["replies"] for row in lines(run)[1:]] == [4, 3, 4]
+    assert outcome.summaries[0]["sha256"] == expected
 
 
 # -- disks ----------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from federations import lines, run
-from trellis import runs, scenario
+from trellis import cli, runs, scenario
 from trellis.errors import TrellisError
+from trellis.grids._grpc_seats import Seats
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,14 @@ def test_a_cut_line_is_left_out_and_a_broken_one_is_an_error(tmp_path):
 def test_no_name_of_a_person_or_host_is_recorded(finished, monkeypatch):
     text = (finished.path / "environment.json").read_text()
     assert os.uname().nodename not in text
+
+
+def test_a_run_of_nodes_is_not_continued_in_simulation(tmp_path):
+    """Private state is the nodes': without it the run would go on to other bits, and nobody would know."""
+    current, _ = run(tmp_path, ("rounds.count=1",))
+    seats = Seats(6, current.path / runs.SEATS)
+    seats.give("a-node", 0)
+    seats.save()
+    with pytest.raises(TrellisError, match="trellis serve --resume") as caught:
+        cli.run(None, None, str(current.path), tmp_path / "runs", quiet=True, json_=False)
+    assert caught.value.code == "run-deployed"

@@ -24,6 +24,7 @@ from trellis.errors import DataError, GridError
 from trellis.grids._grpc_seats import Seats
 from trellis.grids._grpc_tasks import Answer, Answered, Node, Open, Payloads, references
 from trellis.grids._grpc_uploads import FIRST_S, STALLED_S, Room, TooSlowError
+from trellis.runs import SEATS
 from trellis.wire import methods
 from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.nodes import NAME, AllowList, Credentials, RefusedError, bearer
@@ -110,9 +111,10 @@ class Link:
         self.none_since: float | None = time.monotonic()
         self.port = 0
         self.answered = Answered()
-        self.seats = Seats(num_clients, settings.folder / "seats.json" if settings.folder else None)
+        self.seats = Seats(num_clients, settings.folder / SEATS if settings.folder else None)
         self.room: Room
         self._sessions: dict[str, Node] = {}
+        self._names: dict[str, Node] = {}
         self._started = time.monotonic()
         self._asked: asyncio.Event
         self._closing: pb.Goodbye | None = None
@@ -180,6 +182,7 @@ class Link:
     async def _stop(self, reason: str, final: bool) -> None:
         self._closing = pb.Goodbye(reason=reason, final=final)
         self._watcher.cancel()
+        self.seats.save()
         await self._health.enter_graceful_shutdown()
         for node in self.nodes.values():
             node.wake.set()
@@ -199,6 +202,7 @@ class Link:
                 each.task.after = after
             node.tasks[each.task.id] = each
             node.wake.set()
+        self.seats.save()  # before anybody's state depends on it
         if not self._asked.is_set():
             self._asked.set()
             for node in self.nodes.values():
@@ -258,6 +262,7 @@ class Link:
                     await asyncio.to_thread(self.settings.allow.refresh)
                 for node in list(self.nodes.values()):
                     self._look_after(node)
+                self.seats.save()
             except Exception:
                 log.exception("watching the nodes failed; it is tried again")
 
@@ -277,6 +282,8 @@ class Link:
         self._sessions.pop(node.session, None)
         if self.nodes.get(node.client) is node:
             del self.nodes[node.client]
+        if self._names.get(node.name) is node:
+            del self._names[node.name]
         self._fail_tasks(node, reason)
         node.stream += 1
         node.wake.set()
@@ -290,7 +297,7 @@ class Link:
         if request.protocol != methods.PROTOCOL:
             said = f"protocol {request.protocol}; this server speaks {methods.PROTOCOL}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, said)
-        before = next((node for node in self.nodes.values() if node.name == name), None)
+        before = self._names.get(name)
         if before and before.connected and before.instance != request.instance:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"node {name!r} is connected from somewhere else")
         client = await self._place(request, context, name, before, given)
@@ -304,13 +311,13 @@ class Link:
                 node.tasks = before.tasks
             else:
                 self._fail_tasks(before, f"its node is client {client} from now on")
-        self.nodes[client] = node
-        self._sessions[node.session] = node
+        self.nodes[client] = self._names[name] = self._sessions[node.session] = node
         self.seats.give(request.instance, client)
         software = {key[:40]: value[:40] for key, value in list(request.software.items())[:10]}
         log.info("node joined", extra={"run": self.run, "node": name, "client": client, "software": software})
         self.counted("join", {"node": name})
-        self._note_change()
+        if self.none_since is None:  # it may have been the only one that was connected
+            self._note_change()
         s = self.settings
         return pb.JoinResponse(
             session=node.session,
@@ -354,11 +361,8 @@ class Link:
         client = given if given is not None else asked
         if client is None:
             client = before.client if before is not None and before.client not in others else None
-        sitting = {node.client: node for node in self.nodes.values() if node is not before}
         if client is None:
-            away = [n.client for n in sitting.values() if n.absent_for(self.settings.leave_after_s)]
-            early = time.monotonic() - self._started < self.settings.leave_after_s
-            client = self.seats.free(request.instance, sitting.keys() | others, set(away) - others, strict=early)
+            client = self._free_seat(request.instance, before, others)
             if client is None:
                 said = f"all {self.num_clients} clients have their node"
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
@@ -366,12 +370,20 @@ class Link:
         if client >= self.num_clients:
             said = f"client {client} of a federation of {self.num_clients}"
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, said)
-        if (other := sitting.get(client)) is not None:
+        other = self.nodes.get(client)
+        if other is not None and other is not before:
             if given is None and not other.absent_for(self.settings.leave_after_s):
                 said = f"client {client} is node {other.name!r}"
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, said)
             self._shut_out(other, "another node took its place")
         return client
+
+    def _free_seat(self, instance: str, before: Node | None, others: set[int]) -> int | None:
+        """Return which client a node without a wish may be; not one that the allow-list gives to others."""
+        sitting = {node.client: node for node in self.nodes.values() if node is not before}
+        away = {client for client, node in sitting.items() if node.absent_for(self.settings.leave_after_s)}
+        early = time.monotonic() - self._started < self.settings.leave_after_s
+        return self.seats.free(instance, sitting.keys() | others, away - others, strict=early)
 
     async def _node(self, session: str, context: Any) -> Node:
         node = self._sessions.get(session)

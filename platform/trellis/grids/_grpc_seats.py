@@ -20,7 +20,7 @@ class Seats:
 
     Args:
         num_clients: of the federation.
-        path: of the file that keeps it; None keeps it in memory only. A damaged file is as good as none.
+        path: of the file that keeps it (``runs.SEATS``); None keeps it in memory only. A damaged one is as good as none.
     """
 
     def __init__(self, num_clients: int, path: Path | None = None) -> None:
@@ -31,6 +31,8 @@ class Seats:
                 self._of = {str(key): int(value) for key, value in json.loads(path.read_text()).items()}
             except (OSError, ValueError, AttributeError, TypeError) as error:
                 log.warning("seats not read", extra={"reason": f"{path}: {error}"})
+        self._by = {client: instance for instance, client in self._of.items()}
+        self._changed = False
 
     def of(self, instance: str) -> int | None:
         """Return the client that a node was."""
@@ -64,13 +66,21 @@ class Seats:
         """Note that a node is a client, and that whoever was before is not any more."""
         if self._of.get(instance) == client:
             return
-        self._of = {key: value for key, value in self._of.items() if value != client}
-        self._of[instance] = client
-        if self.path is None:
+        if (before := self._by.get(client)) is not None:
+            self._of.pop(before, None)
+        if (old := self._of.get(instance)) is not None:
+            del self._by[old]
+        self._of[instance], self._by[client] = client, instance
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the file if something changed."""
+        if self.path is None or not self._changed:
             return
+        self._changed = False
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps(self._of, indent=1) + "\n")
             temporary.replace(self.path)
-        except OSError as error:  # the round that follows will say so with its own code
+        except OSError as error:  # the checkpoint that follows will say so with its own code
             log.warning("seats not written", extra={"reason": f"{self.path}: {error.strerror}"})
