@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from trellis import registry, scenario
-from trellis.errors import TrellisError
+from trellis.errors import TrellisError, listed
 
 
 def of_trainer(name: str) -> tuple[str, Path | None]:
@@ -19,9 +21,25 @@ def of_trainer(name: str) -> tuple[str, Path | None]:
     for path in [own, *(path for path in files() if path != own)]:
         if path.is_file() and name in _trainers(path):
             return path.read_text(), path
-    strategy = next(iter(registry.info_of(registry.load("trainers", name)).facts.get("strategies") or ("fedavg",)))
-    lines = (f"name: {name}", "data: digits", "clients: 4", f"trainer: {{name: {name}}}", f"strategy: {strategy}")
-    return "\n".join([*lines, "rounds: {count: 5}", ""]), None
+    facts = registry.info_of(registry.load("trainers", name)).facts
+    strategy = next(iter(facts.get("strategies") or ("fedavg",)))
+    lines = (f"name: {name}", f"data: {_data(facts.get('takes'))}", "clients: 4", f"trainer: {{name: {name}}}")
+    return "\n".join([*lines, f"strategy: {strategy}", "rounds: {count: 5}", ""]), None
+
+
+def _data(takes: Iterable[str] | None) -> str:
+    """Return a data set of a kind that a trainer takes and that needs no parameters; ``digits`` where it will do.
+
+    Of kinds that no bundled data set is of, e.g. series, there is only what a person has: a place to name it.
+    """
+    if takes is None or "image" in takes:
+        return "digits"
+    for name, plugin in registry.plugins("datasets").items():
+        cls: Any = plugin.load()
+        required = any(field.is_required() for field in cls.Config.model_fields.values())
+        if not required and registry.info_of(cls).facts.get("kind") in takes:
+            return name
+    return f"{{name: npz, path: your.npz}}  # {listed(takes)}"
 
 
 def folder() -> Path:

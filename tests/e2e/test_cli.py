@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from federations import DIGITS, write
-from trellis import cli
+from trellis import cli, describe, examples, registry, scenario
 
 
 def call(*words: str) -> tuple[int, str]:
@@ -71,6 +72,73 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, monkeypatch, words, m
     assert status == 2
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("group", registry.GROUPS)
+def test_lists_hold_every_name_whole_in_any_terminal(monkeypatch, group, width):
+    """And cut nothing off beside them."""
+    monkeypatch.setattr(cli, "out", cli.Console(highlight=False, soft_wrap=True, width=width))
+    status, text = call("list", group)
+    assert status == 0
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    begun = {line.split()[0] for line in text.splitlines()[1:] if not line.startswith(" ")}
+    assert begun == registry.plugins(group).keys()
+    for name, plugin in registry.plugins(group).items():
+        summary = registry.info_of(plugin.load()).summary
+        assert summary.replace(" ", "") in "".join(text.split()), name
+
+
+def test_a_list_says_what_crosses_the_wire():
+    _, text = call("list", "trainers")
+    entry = text.partition("\nscaffold ")[2].partition("\nsgd ")[0]
+    assert "takes image, vector, tokens, series, points; sends weights, control variates" in entry
+    _, text = call("info", "trainer", "scaffold")
+    assert "sends: weights, control variates\n" in text
+    assert "records beside the weights: control\n" in text
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the cells of a table of parameters by their first."""
+    lines = text.partition("\nparameter ")[2].partition("\n\n")[0].splitlines()[1:]
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def test_info_expands_nested_parameters_and_says_which_are_required():
+    _, text = call("info", "partitioner", "size")
+    assert rows(text)["sizes"] == ["required", "list of integer; examples of each client"]
+    assert "\n  sizes: ...\n" in text
+    _, text = call("info", "trainer", "visual-tuning")
+    found = rows(text)
+    assert found["base.epochs"][0] == "30"
+    assert found["base.sent"][0] == "false"
+    assert "base" not in found
+    _, text = call("info", "strategy", "ccvr")
+    found = rows(text)
+    assert found["noise"] == ["null", "keys | null; differential privacy of the statistics"]
+    assert {name.partition(".")[0] for name in found if "." in name} == {"base", "noise"}
+
+
+@pytest.mark.parametrize("group", registry.GROUPS)
+def test_info_leaves_no_type_blank(group):
+    for name, plugin in registry.plugins(group).items():
+        for parameter in describe.parameters(plugin.load().Config):
+            assert parameter.kind, (name, parameter)
+            assert "?" not in parameter.kind
+
+
+def test_an_example_has_data_that_its_trainer_takes(monkeypatch):
+    monkeypatch.setattr(examples, "files", lambda: ())
+    monkeypatch.setattr(examples, "folder", lambda: Path("/nowhere"))
+    for name in registry.plugins("trainers"):
+        facts = registry.info_of(registry.load("trainers", name)).facts
+        if facts["sends"] != "weights":
+            continue  # their strategies need parameters
+        text, path = examples.of_trainer(name)
+        assert path is None
+        scenario.check(scenario.from_mapping(scenario.safe_yaml.parse(text, "")))
 
 
 def test_lists_and_info():
