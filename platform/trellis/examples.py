@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def of_trainer(name: str) -> tuple[str, Path | None]:
     return "\n".join([*lines, f"strategy: {strategy}", "rounds: {count: 5}", ""]), None
 
 
-def _data(takes: Iterable[str] | None) -> str:
+def _data(takes: Collection[str] | None) -> str:
     """Return a data set of a kind that a trainer takes and that needs no parameters; ``digits`` where it will do.
 
     Of kinds that no bundled data set is of, e.g. series, there is only what a person has: a place to name it.
