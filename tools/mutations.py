@@ -37,7 +37,9 @@ JOINING = "platform/trellis/deploy/joining.py"
 NODE = "clients/trellis_clients/link/connection.py"
 TRAINING = "clients/trellis_clients/link/training.py"
 EDGE_NODE = "clients/trellis_clients/link/edge_node.py"
+AGENDA = "clients/trellis_clients/link/agenda.py"
 STORE = "clients/trellis_clients/link/store.py"
+STOPPING = "platform/trellis/deploy/stopping.py"
 CONSENT = "clients/trellis_clients/link/consent.py"
 CHECKPOINT = "server/trellis_server/checkpoint.py"
 LOOP = "server/trellis_server/loop.py"
@@ -45,6 +47,7 @@ EXPERIMENT = "platform/trellis/experiment.py"
 
 T_WIRE, T_LINK, T_NODES = "platform/test_wire.py", "platform/test_link.py", "platform/test_nodes.py"
 T_GRPC, T_RELIABLE, T_SCREENED = "e2e/test_grpc.py", "e2e/test_reliability.py", "platform/test_screened.py"
+T_NODE, T_FAULTS = "clients/test_link_node.py", "e2e/test_node_faults.py"
 OFFENDER = f"{T_SCREENED}::test_an_offender_is_named_and_left_out_and_the_round_completes"
 
 
@@ -105,7 +108,7 @@ MUTANTS = [
     Mutant("monotonic clock", GRID, "import time\n",
            "import time as _time\nclass time:\n    monotonic = staticmethod(lambda: _time.time())\n",
            f"{T_RELIABLE}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
-    Mutant("pauses drawn at random", NODE, "pause = self._jitter.uniform(0, min(", "pause = max(0, min(",
+    Mutant("pauses drawn at random", NODE, "return self._jitter.uniform(0, min(", "return max(0, min(",
            f"{T_RELIABLE}::test_pauses_between_tries_grow_to_a_limit_and_are_drawn_at_random"),
     # who gets in
     Mutant("unknown token", NODES, "_same(entry.token, token) or", "token is not None or",
@@ -145,12 +148,33 @@ MUTANTS = [
            "e2e/test_failures.py::test_a_missed_quorum_ends_the_run_with_a_reason_and_it_resumes"),
     # disks and states
     Mutant("state counts once accepted", TRAINING, "if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):",
-           "if True:", f"{T_RELIABLE}::test_an_answer_after_the_deadline_leaves_no_trace_in_the_clients_state"),
+           "if True:", f"{T_FAULTS}::test_a_state_counts_once_the_server_says_that_the_answer_does"),
     Mutant("asking what counts after a crash", TRAINING, "for known in store.unsettled():", "for known in list[str]():",
-           f"{T_RELIABLE}::test_a_node_that_dies_before_it_could_note_that_its_answer_counts"),
+           f"{T_FAULTS}::test_a_node_that_died_before_it_noted_a_verdict_asks_for_it"),
+    Mutant("state after the answer that the server names", TRAINING, 'if not task.HasField("after"):', "if True:",
+           f"{T_FAULTS}::test_a_task_starts_from_the_state_after_the_answer_that_the_server_names"),
+    Mutant("a fault in a task ends no node", TRAINING, "except Exception as error:", "except LookupError as error:",
+           f"{T_FAULTS}::test_a_fault_of_the_node_itself_is_logged_and_fails_the_task"),
+    Mutant("what a new stream does not bring is cancelled", AGENDA, "for task, known in self._known.items():",
+           "for task, known in dict[str, _Known]().items():",
+           f"{T_NODE}::test_what_a_new_stream_does_not_bring_again_is_cancelled"),
+    Mutant("an answer under way is asked for", AGENDA, "and not known.answering and", "and",
+           f"{T_FAULTS}::test_a_verdict_that_was_lost_with_the_connection_is_asked_for"),
+    Mutant("calls end with their task", AGENDA, "                call.cancel()\n", "                pass\n",
+           f"{T_NODE}::test_an_answer_that_the_server_lets_wait_ends_with_its_task_and_its_node"),
+    Mutant("a second signal ends a node", STOPPING, "            os._exit(AT_ONCE)\n", "            return\n",
+           f"{T_FAULTS}::test_sigterm_ends_a_device_and_a_second_one_at_once"),
     Mutant("answers are kept", STORE, 'read_bytes() if task in self._index["answers"] else None',
            'read_bytes() if task == "" else None',
-           f"{T_RELIABLE}::test_a_node_that_dies_before_it_could_note_that_its_answer_counts"),
+           f"{T_FAULTS}::test_an_answer_that_cannot_be_handed_in_waits_on_the_disk"),
+    Mutant("names of a node's files are on the disk", STORE, "        _sync(path.parent)\n", "",
+           f"{T_NODE}::test_files_are_on_the_disk_under_their_names"),
+    Mutant("one process for a node's folder", STORE, "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+           f"{T_NODE}::test_one_process_holds_a_folder"),
+    Mutant("a state for each client", STORE, '-client-{client}"', '"',
+           f"{T_NODE}::test_private_state_belongs_to_a_client"),
+    Mutant("ids that name files", STORE, "if not re.fullmatch(TASK, task):", "if False:",
+           f"{T_NODE}::test_what_comes_from_the_server_names_no_file_elsewhere"),
     Mutant("node's files whole or not at all", STORE, 'temporary.open("wb")', 'path.open("wb")',
            f"{T_RELIABLE}::test_a_file_is_written_whole_or_not_at_all"),
     Mutant("node's disk is full", TRAINING, "except OSError as error:  # an", "except KeyError as error:  # an",

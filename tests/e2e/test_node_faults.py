@@ -162,6 +162,27 @@ def test_a_verdict_that_was_lost_with_the_connection_is_asked_for(server, tmp_pa
     assert worker.started_from == [[], ["01"]]
 
 
+@pytest.mark.parametrize("verdict", ["ACCEPTED", "DUPLICATE", "STALE", "REFUSED"])
+def test_a_state_counts_once_the_server_says_that_the_answer_does(server, tmp_path, monkeypatch, setup, verdict):
+    server.submit.append(lambda requests, _: server.take(requests, pb.Verdict.Value(f"VERDICT_{verdict}")))
+    worker = Worker(server, tmp_path, monkeypatch)
+    over(server, worker, server.stream(sent(task(1, setup)), sent(task(2, setup))), 2)
+    counts = verdict in ("ACCEPTED", "DUPLICATE")
+    assert worker.started_from == [[], ["01"] if counts else []]
+
+
+def test_a_node_that_died_before_it_noted_a_verdict_asks_for_it(server, tmp_path, monkeypatch, setup):
+    worker = Worker(server, tmp_path, monkeypatch)
+    with monkeypatch.context() as dies:
+        dies.setattr(Store, "accepted", lambda *_: None)
+        over(server, worker, server.stream(sent(task(1, setup))), 1)
+    server.submit.append(lambda requests, _: server.take(requests, pb.VERDICT_DUPLICATE))
+    again = Worker(server, tmp_path, monkeypatch)
+    over(server, again, server.stream(sent(task(2, setup))), 3)
+    assert [number for number, _ in outcomes(server)] == [1, 1, 2]
+    assert again.started_from == [["01"]]
+
+
 # -- what goes wrong in a task --------------------------------------------------------------------------
 
 

@@ -151,7 +151,7 @@ class EdgeNode:
         except TrellisError as error:
             reason = str(error)
         except OSError as error:
-            reason = str(RunError("node-store", f"what this device keeps cannot be read or written: {error}"))
+            reason = str(RunError("node-store", f"{self.folder} cannot be read or written: {error}"))
         except Exception as error:
             self.log.exception("task failed")
             reason = f"{type(error).__name__}: {error}"

@@ -125,8 +125,8 @@ class TrainingNode:
             raise
         except TrellisError as error:
             reason = str(error)
-        except OSError as error:
-            reason = str(RunError("node-store", f"what this node keeps cannot be read or written: {error}"))
+        except OSError as error:  # an answer that could be lost with its state must not count
+            reason = str(RunError("node-store", f"{self.folder} cannot be read or written: {error}"))
         except Exception as error:
             self.log.exception("task failed")
             reason = f"{type(error).__name__}: {error}"
@@ -148,11 +148,7 @@ class TrainingNode:
                 failed = reply.error.code, reply.error.reason or "no reason"
                 return self.connection.submit(task.id, None, failed)
             answer = wire.pack(shorten(to_wire(reply.content), received, task.shortening))
-            try:
-                live.store.put(task.id, answer, wire.pack(to_wire(state)))
-            except OSError as error:  # an answer that could be lost with its state must not count
-                said = f"{live.store.folder} cannot be written to: {error.strerror}"
-                raise RunError("node-store", said) from None
+            live.store.put(task.id, answer, wire.pack(to_wire(state)))
         else:
             self.log.info("task known")
         try:
