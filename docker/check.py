@@ -303,6 +303,12 @@ class Fleet:
             text += f"--- {each}\n{(result.stdout + result.stderr)[-most:]}\n"
         return text
 
+    def events(self, service: str) -> list[dict[str, object]]:
+        """Return what a service logged, a JSON object a line; what it prints goes another way."""
+        command = [*self.engine.command, "logs", self.container(service)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return [json.loads(line) for line in log.splitlines()]
+
     def rounds(self) -> list[int]:
         """Return the numbers of the rounds in the run's metrics, as they stand there."""
         show = "find /var/lib/trellis/runs -name metrics.jsonl -exec cat {} +"
@@ -386,6 +392,8 @@ def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
             up = fleet("up", "--detach", "--no-build", *options, wait=False)
         fleet.until("the run is complete: server and clients ended with status 0", partial(fleet.ended, *trained), 400)
         expect(fleet.rounds() == list(range(rounds + 1)), f"every round of {rounds} is in the metrics, and once")
+        logged = [each["round"] for each in fleet.events("server") if each["event"] == "round"]
+        expect(set(logged) == set(range(rounds + 1)), "every round is in the server's log, whose lines are all JSON")
         if outside is not None:
             said = outside.communicate(timeout=60)[0]
             expect(outside.returncode == 0 and "the run is over" in said, "the node from outside ended with status 0")

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from trellis import cli
+from trellis import cli, flower, scenario
 from trellis.deploy import allowing, announcing, joining, logs, serving
 from trellis.deploy.joining import Where
 from trellis.deploy.loopback import is_loopback
 from trellis.errors import TrellisError
 from trellis.grids.grpc import Settings
+from trellis.runs import Run
 from trellis.wire import certificates
 from trellis.wire.nodes import AllowList, Credentials, fingerprint
 from trellis_clients.link.connection import Connection, EndedError, Identity
@@ -277,10 +278,12 @@ def until(holds, seconds=20.0):
 
 def test_a_server_says_for_how_many_clients_it_waits():
     cell = SimpleNamespace(parts=[[0], [1]], scenario={"checkpoint": {"every": 1}})
-    with offered({"main-seed0": cell}) as (told, _):
+    with ExitStack() as stack, offered({"main-seed0": cell}) as (told, _):
         until(lambda: told.there == [(0, 2)])
         for number in (1, 2):
-            node(told.ports[0], f"node-{number}").start()
+            here = node(told.ports[0], f"node-{number}")
+            stack.callback(here.close)
+            here.start()
             until(lambda number=number: told.there[-1] == (number, 2))
     assert told.there == [(0, 2), (1, 2), (2, 2)]
     said = []
@@ -316,6 +319,25 @@ def test_nodes_of_a_run_that_is_complete_are_told_so(nodes):
     for thread in threads:
         thread.join(20)
     assert ends == ["the run is over"] * nodes
+
+
+def test_every_round_of_a_run_is_logged_once_whatever_a_person_is_shown(tmp_path, caplog, capsys):
+    """The command line's own way, with clients in this process; `make images-check` has real ones."""
+    flower.quiet()
+    text = "name: d\ndata: digits\nclients: 2\nmodel: linear\nrounds: {count: 2}\nruntime: {grid: local}\n"
+    (tmp_path / "d.yaml").write_text(text)
+    current = Run.create(tmp_path / "runs", scenario.load(tmp_path / "d.yaml"))
+    announcer = announcing.Logged("d/1")
+    with caplog.at_level(logging.INFO, "trellis.server"):
+        assert cli.execute(current, quiet=False, as_json=True, on_round=announcer.round) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["round"] for line in shown if "round" in line] == [0, 1, 2]
+    kept = [record for record in caplog.records if record.name == "trellis.server"]
+    said = [json.loads(logs.Json("server").format(record)) for record in kept]
+    assert [(line["event"], line["cell"], line["round"]) for line in said] == [
+        ("round", "main-seed0", number) for number in (0, 1, 2)
+    ]
+    assert "central-accuracy" in said[-1]["figures"] and said[-1]["replies"] == 2
 
 
 def test_a_round_is_a_line_of_the_log(caplog):
