@@ -25,7 +25,7 @@ TOLERANCE = 1.0
 """Points of accuracy on clean images that may be lost."""
 
 
-def measure(seeds: int = 5) -> list[Claim]:
+def measure(seeds: int = 5) -> tuple[list[Claim], dict[str, Any]]:
     cells = compare(SCENARIO, seeds=range(seeds), also=tested)
     found = {variant: [cell.extra for cell in each] for variant, each in cells.items()}
 
@@ -36,7 +36,7 @@ def measure(seeds: int = 5) -> list[Claim]:
         return spread([each[key] for each in found[variant]])
 
     covered, clean, sure = gain("covered"), gain("clean"), gain("confidence")
-    return [
+    claims = [
         Claim(
             "more digits are recognised where a quarter of the image is covered",
             "the same steps without CutMix",
@@ -57,6 +57,7 @@ def measure(seeds: int = 5) -> list[Claim]:
             "held" if all(s < 0 for s in sure) else "in part" if mean(sure) < 0 else "not held",
         ),
     ]
+    return claims, {"by_seed": {name: {key: [e[key] for e in each] for key in each[0]} for name, each in found.items()}}
 
 
 def verdict(gains: list[float]) -> Verdict:

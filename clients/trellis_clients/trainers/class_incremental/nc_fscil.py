@@ -84,10 +84,8 @@ class NcFscil(Trainer):
     What differs: blocks of the backbone are as many and as wide as small images allow (``widths``; the paper's are 64,
     160, 320, 640, with features of 512 and a rate of 0.25); no mixing of images; the rate is constant within a
     session, as a turn is too short for warm-up and cosine; each client has its own ``shots``. ``classifier:
-    learnable`` is the baseline: cross-entropy with a linear layer over the classes so far, all else alike.
-
-    Found on digits (five seeds): base classes lose half of what they lose under the learnable layer, new ones are
-    learnt about as well, and in all it is ahead by less than the two points that were expected of it.
+    learnable`` is the baseline: cross-entropy with a linear layer over the classes so far, all else alike. What the
+    one gains over the other on digits is among the claims of docs/papers.md.
     """
 
     class Config(TrainerConfig):
