@@ -128,10 +128,14 @@ def test_the_command_is_there_and_every_adapter_loads(environment, model, x):
             assert client.infer("cnn", [tensor]).as_numpy("labels").shape == (3,)
 
 
-def test_what_needs_torch_says_what_to_install(environment):
+@pytest.mark.parametrize(
+    ("command", "extras"),
+    [("info trainer sgd", "train"), ("join localhost:1 --insecure", "train,deploy"), ("serve x.yaml", "train,deploy")],
+)
+def test_what_needs_torch_says_what_to_install(environment, command, extras):
     done = subprocess.run(
-        [environment / "bin" / "trellis", "info", "trainer", "sgd"],
+        [environment / "bin" / "trellis", *command.split()],
         capture_output=True, text=True, timeout=60, check=False, cwd=environment,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "pip install '.[train]'" in done.stderr and "Traceback" not in done.stderr
+    assert f"pip install '.[{extras}]'" in done.stderr and len(done.stderr.splitlines()) == 1
