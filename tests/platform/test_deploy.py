@@ -342,7 +342,7 @@ def test_every_round_of_a_run_is_logged_once_whatever_a_person_is_shown(tmp_path
 
 def test_a_round_is_a_line_of_the_log(caplog):
     line = {
-        "round": 3, "seconds": 1.25, "cohort": 2, "replies": 1, "bytes_down": 10, "bytes_up": 20,
+        "round": 3, "seconds": 1.2499999, "cohort": 2, "replies": 1, "bytes_down": 10, "bytes_up": 20,
         "failures": [{"client": 1, "phase": "train", "reason": "late"}],
         "train": {"loss": 0.5}, "central": {"accuracy": 0.75}, "federated": None,
     }  # fmt: skip

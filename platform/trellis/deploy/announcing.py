@@ -85,8 +85,8 @@ class Logged:
             for group in ("train", "central", "federated")
             for name, value in (line[group] or {}).items()
         }
-        said = {key: line[key] for key in ("round", "seconds", "cohort", "replies", "bytes_down", "bytes_up")}
-        said |= {"failed": len(line["failures"]), "figures": figures}
+        said = {key: line[key] for key in ("round", "cohort", "replies", "bytes_down", "bytes_up")}
+        said |= {"seconds": round(line["seconds"], 3), "failed": len(line["failures"]), "figures": figures}
         log.info("round", extra={"run": self.run, "cell": cell, **said})
 
 
