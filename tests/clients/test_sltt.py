@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import snntorch
 import torch
 from torch.nn import functional as F
 
@@ -110,6 +111,28 @@ def test_neurons_follow_their_equations(tau):
     assert layer.state_dict() == {}
 
 
+@pytest.mark.parametrize("tau", [1.0, 1.1, 1.5, 2.0])
+def test_neurons_are_those_of_a_library(tau):
+    """With the same leak, threshold and soft reset, and inputs that cannot make two spikes at once."""
+    ours, theirs = spiking.Lif(tau), snntorch.Leaky(1 - 1 / tau, 1.0, reset_mechanism="subtract", reset_delay=False)
+    inputs = 1.4 * torch.rand(60, 500, generator=torch.Generator().manual_seed(1))
+    rest, spikes = torch.zeros(500), 0
+    for x in inputs:
+        wanted, rest = theirs(x, rest)
+        found = ours(x)
+        assert torch.equal(found, wanted)
+        torch.testing.assert_close(ours.rest, rest)
+        spikes += int(found.sum())
+    assert 0.1 < spikes / inputs.numel() < 0.9
+
+
+@pytest.mark.parametrize("tau", [1.0, 1.1, 1e17])
+def test_neurons_of_the_network_have_the_time_constant_asked_for(tau):
+    _, model, batch, _ = bench(f"model.tau={tau}", "model.surrogate=sigmoid")
+    assert [(layer.leak, layer.surrogate) for layer in spiking.neurons(model)] == [(1 - 1 / tau, "sigmoid")] * 2
+    assert bool(torch.isfinite(model(batch.x)).all())
+
+
 @pytest.mark.parametrize("kind", ["triangle", "rectangle", "sigmoid"])
 def test_surrogates_integrate_to_one(kind):
     u = torch.linspace(-20, 20, 400001, dtype=torch.float64)
@@ -182,14 +205,27 @@ def test_many_backward_passes_are_one():
 
 
 def test_the_forward_pass_does_not_know_of_gradients():
-    losses = []
+    """Outputs of every step and statistics behind neurons are the same bits, whatever is sent back."""
+    seen = []
     for overrides in (["trainer.gradient=sltt"], ["trainer.gradient=bptt"], ["trainer.steps=2"]):
-        trainer, model, batch, turn = bench(*overrides)
-        model.train()
-        losses.append((float(trainer.backward(model, batch, turn)), model.body[1].running_mean.tolist()))
-    assert losses[0][0] == pytest.approx(losses[1][0])
-    assert losses[0][1] == losses[1][1]
-    assert losses[0] == losses[2]  # statistics move and losses count at the steps that are not sent back, too
+        trainer, model, batch, turn = bench("model.tau=2.0", *overrides)
+        outputs, step = [], model.step
+
+        def recorded(frame, step=step, outputs=outputs):
+            outputs.append(step(frame))
+            return outputs[-1]
+
+        model.step = recorded
+        loss = trainer.backward(model.train(), batch, turn)
+        assert len(outputs) == 6
+        assert isinstance(model.body[4], torch.nn.Conv2d)  # behind the first layer's neurons
+        behind = model.body[5]
+        assert int(behind.num_batches_tracked) == 6
+        seen.append((float(loss), [*(output.detach() for output in outputs), behind.running_mean, behind.running_var]))
+    (first, wanted), *others = seen
+    for loss, found in others:
+        assert loss == pytest.approx(first)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -284,8 +320,11 @@ def test_images_are_shown_at_every_step():
 def test_other_models_are_refused_and_so_are_drawn_steps_through_time():
     with pytest.raises(ScenarioError, match="spiking-cnn"):
         contract.site_of(SCENARIO, ["variants={}", "model=mlp"])
-    with pytest.raises(ScenarioError, match="every step is part of one graph"):
-        scenario.load(SCENARIO, ["variants={}", "trainer.gradient=bptt", "trainer.steps=2"])
+    for change, value in (("steps=2", "2"), ("rescale=true", "True")):
+        with pytest.raises(
+            ScenarioError, match=rf"trainer\.{change.split('=')[0]}: for gradient 'sltt' only.*got {value}"
+        ):
+            scenario.load(SCENARIO, ["variants={}", "trainer.gradient=bptt", f"trainer.{change}"])
 
 
 @pytest.mark.parametrize("policy", ["average", "local"])

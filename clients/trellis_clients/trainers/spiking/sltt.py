@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,28 +22,33 @@ from trellis_clients.trainer import NonNegative, Trainer, TrainerConfig, Turn
     "trainers",
     "sltt",
     summary="spatial learning through time: spiking networks, one backward pass a time step",
-    paper="arXiv 2302.14311",
+    paper="Meng et al., Towards Memory- and Time-Efficient Backpropagation for Training Spiking Neural Networks,"
+    " ICCV 2023",
     takes=("events", "image"),
     sends="weights",
 )
 class Sltt(Trainer):
-    """Meng et al., "Towards Memory- and Time-Efficient Backpropagation for Training Spiking Neural Networks".
+    """SLTT: the gradient of a spiking network is cut between time steps (neuron.py and train_SLTT.py of the authors).
 
-    ICCV 2023. Back-propagation through time (``gradient: bptt``, the baseline) holds the graph of all T steps. SLTT
-    cuts the gradient between steps: the potential that a neuron brings along from the step before is
-    detached, the forward pass is as it was. Then each step's loss can be sent back at once and its graph let go, so
-    that memory does not grow with T; the optimizer steps once, after the last. A step's loss is
-    [(1 - mse) CE(out, y) + mse MSE(out, 1)] / T, and predictions are of the mean output. SLTT-K (``steps``) draws K of
-    the T steps for each batch and sends back those alone; the others run forward without a graph.
+    Back-propagation through time (``gradient: bptt``, the baseline) holds the graph of all T steps. SLTT cuts the
+    gradient between steps: the potential that a neuron brings along from the step before is detached, the forward pass
+    is as it was. Then each step's loss can be sent back at once and its graph let go, so that memory does not grow with
+    T; the optimizer steps once, after the last. A step's loss is [(1 - mse) CE(out, y) + mse MSE(out, 1)] / T, and
+    predictions are of the mean output. SLTT-K (``steps``, train_SLTTK.py) draws K of the T steps for each batch and
+    sends back those alone; the others run forward without a graph. Over all draws, at the weights and potentials of one
+    batch, the mean of its gradients is K/T of SLTT's; SLTT's own is not that of the loss.
 
     In a federation weights and batch-norm layers travel. Potentials belong to a batch: they are reset before each, are
     no part of the model, and nothing of them is kept or sent. Batch norm sees single steps, and its running statistics
-    mix quiet early steps with late ones, client by client; ``batch_norm: local`` keeps the layers at home. T may differ
-    between clients, as the loss has 1/T in it. SLTT-K's gradient is K/T of SLTT's in the mean, as in the authors' code;
-    ``rescale`` takes that out where clients of different K are averaged.
+    mix quiet early steps with late ones, client by client; ``batch_norm: local`` keeps the layers at home. In a
+    scenario all clients share T and K. If they did not, 1/T in the loss would keep gradients of different T on one
+    scale, and ``rescale`` (T/K, not in the authors' code) those of different K.
 
-    What differs: no dropout, mixed precision or augmentation (the paper's are 0.3 and 0.4 on event data), the cosine
-    schedule is over rounds, and the networks are small. ImageNet's normaliser-free network is not here.
+    What differs: no dropout, mixed precision or augmentation (theirs are 0.3 and 0.4 on event data); the cosine
+    schedule is over rounds, and momentum starts at zero in every turn; the MSE is the regulariser towards 1, their
+    variant towards one-hot labels (for DVS-CIFAR10) is left out; the ``loss`` of an evaluation is the cross-entropy of
+    the mean output, not the mean of the steps' losses. The networks are small; ImageNet's normaliser-free one is not
+    here.
     """
 
     class Config(TrainerConfig):
@@ -53,13 +58,16 @@ class Sltt(Trainer):
         batch_size: Annotated[int, Field(ge=1)] = 64
         gradient: Literal["sltt", "bptt"] = "sltt"
         steps: Annotated[int, Field(ge=1)] | None = Field(None, description="K, time steps sent back; all if not given")
-        rescale: bool = Field(False, description="weigh the K steps by T / K")
+        rescale: bool = Field(False, description="weigh the K steps by T / K; for gradient 'sltt'")
         mse: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the regulariser in the loss")
         cosine: bool = Field(True, description="learning rate to zero over the rounds, as half a cosine")
 
-        def model_post_init(self, _: object) -> None:
-            if self.gradient == "bptt" and self.steps is not None:
-                raise ValueError("steps are for gradient 'sltt'; through time, every step is part of one graph")
+        @field_validator("steps", "rescale")
+        @classmethod
+        def of_single_steps(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
+            if value and info.data.get("gradient") == "bptt":
+                raise ValueError("for gradient 'sltt' only; under 'bptt' every step is part of one graph")
+            return value
 
     config: Config
 

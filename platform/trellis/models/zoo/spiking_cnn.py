@@ -25,17 +25,27 @@ class SpikingClassifier(Classifier):
         channels: of a frame.
         side: height and width of a frame.
         still: steps that a single image is shown for; event streams bring their own.
+        tau: time constant of the neurons.
+        surrogate: derivative of their spikes.
     """
 
     def __init__(
-        self, channels: int, side: tuple[int, int], classes: int, width: int, norm: str, still: int, neuron: spiking.Lif
+        self,
+        channels: int,
+        side: tuple[int, int],
+        classes: int,
+        width: int,
+        norm: str,
+        still: int,
+        tau: float,
+        surrogate: spiking.Surrogate,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for out in (width, 2 * width):
             layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=norm == "none"))
             layers += [nn.BatchNorm2d(out)] if norm == "batch" else []
-            layers += [spiking.Lif(1 / (1 - neuron.leak), neuron.surrogate), nn.AvgPool2d(2)]
+            layers += [spiking.Lif(tau, surrogate), nn.AvgPool2d(2)]
             channels = out
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(channels * (side[0] // 4) * (side[1] // 4), classes)
@@ -81,5 +91,5 @@ class SpikingCnn(Plain):
         if len(shape) == 4 and shape[0] < 1:
             raise DataError("model-shape", f"model 'spiking-cnn' takes event streams of one step and more, not {shape}")
         channels, height, width = image_shape(shape[-3:] if len(shape) == 4 else shape, "spiking-cnn", 4)
-        neuron = spiking.Lif(c.tau, c.surrogate)
-        return SpikingClassifier(channels, (height, width), num_classes, c.width, c.norm, c.steps, neuron)
+        size = height, width
+        return SpikingClassifier(channels, size, num_classes, c.width, c.norm, c.steps, c.tau, c.surrogate)
