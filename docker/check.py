@@ -390,7 +390,8 @@ def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
             expect(len(fleet.rounds()) < rounds, "all that in mid-run")
             up.kill()  # some compose commands give up on a service that was killed; a second one goes on
             up = fleet("up", "--detach", "--no-build", *options, wait=False)
-        fleet.until("the run is complete: server and clients ended with status 0", partial(fleet.ended, *trained), 400)
+        ended = partial(fleet.ended, *trained)
+        fleet.until("the run is complete: server and clients ended with status 0", ended, 400 + 2 * rounds)
         expect(fleet.rounds() == list(range(rounds + 1)), f"every round of {rounds} is in the metrics, and once")
         logged = [each["round"] for each in fleet.events("server") if each["event"] == "round"]
         expect(set(logged) == set(range(rounds + 1)), "every round is in the server's log, whose lines are all JSON")
