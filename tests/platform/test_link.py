@@ -26,6 +26,7 @@ from trellis.deploy import allowing
 from trellis.deploy.metrics import ServerMetrics
 from trellis.errors import GridError
 from trellis.grids import _grpc_link, _grpc_uploads
+from trellis.grids._grpc_tasks import Answer
 from trellis.grids.grpc import GrpcGrid, Settings
 from trellis.wire import methods
 from trellis.wire.content import Record, pack, unpack
@@ -597,6 +598,24 @@ def test_a_replay_says_that_it_is_whole_once_the_server_asks(grid, calls):
     assert events[0].task.id
     assert events[1].beat.complete
     assert submit(calls, session, events[0].task.id, answer()).verdict == pb.VERDICT_ACCEPTED
+    going.end()
+
+
+def test_a_task_that_is_closed_and_asked_again_at_once_is_sent_again(grid, calls):
+    session = join(calls).session
+    going = Round(grid, message(), timeout=0.5)
+    task, stream = first_task(calls, session)
+    (each,) = grid.link.nodes[0].tasks.values()
+    payloads = {record.payload.digest: grid.link.payloads.get(record.payload.digest) for record in task.records}
+
+    def at_once():
+        grid.link.close_task(0, task.id, Answer(code=2, reason="too late"))
+        grid.link.open([dataclasses.replace(each, close=lambda _: None)], payloads)
+
+    grid.link.call(at_once)
+    again = next(event.task for event in stream if event.WhichOneof("event") != "beat")
+    assert again.id == task.id
+    assert submit(calls, session, task.id, answer()).verdict == pb.VERDICT_ACCEPTED
     going.end()
 
 

@@ -201,6 +201,8 @@ class Link:
             if after is not None and not node.tasks:  # of two questions at once the second starts where the first ends
                 each.task.after = after
             node.tasks[each.task.id] = each
+            if each.task.id in node.cancelled:  # closed a moment ago, and asked again before the node heard of it
+                node.cancelled.remove(each.task.id)
             node.wake.set()
         self.seats.save()  # before anybody's state depends on it
         if not self._asked.is_set():
@@ -395,17 +397,17 @@ class Link:
     async def work(self, request: pb.WorkRequest, context: Any) -> AsyncIterator[pb.WorkResponse]:
         node = await self._node(request.session, context)
         node.stream += 1
-        mine, sent, new = node.stream, set[str](), True
+        mine, sent, new = node.stream, dict[str, Open](), True
         node.gone_since = None
         node.cancelled.clear()
         self._note_change()
         try:
             while node.stream == mine and self._closing is None:
                 node.wake.clear()
-                sent &= node.tasks.keys()
+                sent = {name: each for name, each in sent.items() if node.tasks.get(name) is each}
                 for name, each in list(node.tasks.items()):
-                    if name not in sent and name in node.tasks:
-                        sent.add(name)
+                    if name not in sent and node.tasks.get(name) is each:
+                        sent[name] = each
                         yield pb.WorkResponse(task=each.on_wire())
                 while node.cancelled:
                     yield pb.WorkResponse(cancel=pb.Cancel(task_id=node.cancelled.pop()))
@@ -417,7 +419,8 @@ class Link:
                 try:
                     await asyncio.wait_for(node.wake.wait(), self.settings.beat_s)
                 except TimeoutError:
-                    yield pb.WorkResponse(beat=pb.Beat(complete=self._asked.is_set()))
+                    whole = self._asked.is_set() and not node.wake.is_set()
+                    yield pb.WorkResponse(beat=pb.Beat(complete=whole))
             if self._closing is not None:
                 yield pb.WorkResponse(goodbye=self._closing)
         finally:

@@ -20,7 +20,7 @@ class Seats:
 
     Args:
         num_clients: of the federation.
-        path: of the file that keeps it (``runs.SEATS``); None keeps it in memory only. A damaged one is as good as none.
+        path: of the file that keeps it (``runs.SEATS``); None keeps it in memory. A damaged file is as good as none.
     """
 
     def __init__(self, num_clients: int, path: Path | None = None) -> None:
