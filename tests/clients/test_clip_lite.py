@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from pytorch_optimizer import Lookahead
 from torch import nn
 from torch.nn import functional as F
 
-from federations import run
+from federations import lines, run
 from trellis import experiment, registry, scenario
+from trellis.data.base import ClientData, Split
 from trellis.data.sets import captioned_digits
 from trellis.errors import DataError, ScenarioError
 from trellis.runs import Run
@@ -50,27 +52,147 @@ def test_the_loss_is_binary_cross_entropy():
     assert float(_critic.jensen_shannon(torch.zeros(5), torch.zeros(5))) == pytest.approx(2 * math.log(2))
 
 
+class Indices(nn.Module):
+    """An image encoder that only says which image it is."""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), 1)
+
+
+class OneHot(nn.Module):
+    """A text encoder that only says which caption it is."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(tokens[:, 0], 4).double()
+
+
+class TableCritic(nn.Module):
+    """A critic with a free score for every image and caption."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def sides(self, f: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table[f[:, 0].long()], g
+
+    def text(self, g: torch.Tensor) -> torch.Tensor:
+        return g
+
+
+class Linear(nn.Module):
+    """A discriminator with the logit ``at_zero`` - the features' sum."""
+
+    def __init__(self, at_zero: float) -> None:
+        super().__init__()
+        self.at_zero = at_zero
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.at_zero - x.sum(1, keepdim=True)
+
+
+def tabled(table: torch.Tensor, **priors: nn.Module) -> clip_lite.ClipLiteModel:
+    return clip_lite.ClipLiteModel(Indices(), OneHot(), TableCritic(table), nn.ModuleDict(priors))
+
+
+def pairs(images: list[int], captions: list[int]) -> Split:
+    """Return pairs of images and captions that are numbers; the label is the caption's half."""
+    tokens = torch.tensor(captions).unsqueeze(1)
+    return Split.whole(x=torch.tensor(images).double(), tokens=tokens, y=tokens[:, 0] // 2)
+
+
+def plain_trainer(*overrides: str) -> clip_lite.ClipLite:
+    return site_of(FILE, [*SMALL, *overrides]).trainer
+
+
 def test_the_best_critic_is_the_log_ratio_and_the_bound_is_the_divergence():
-    """On a 2x2 joint distribution a free table T ends at log p(x,y) / p(x)p(y), and the loss at 2 log 2 - 2 JSD."""
+    """On a 2x2 joint distribution a free table T ends at log p(x,y) / p(x)p(y), and the loss at 2 log 2 - 2 JSD.
+
+    The ten pairs stand in the joint's proportions, and each image with the next caption in those of the product.
+    """
     joint = torch.tensor([[0.4, 0.1], [0.2, 0.3]], dtype=torch.float64)
     product = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    table = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([table], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-16)
-
-    def loss() -> torch.Tensor:
-        return (joint * F.softplus(-table)).sum() + (product * F.softplus(table)).sum()
+    split = pairs([1, 1, 0, 1, 0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 1, 0, 0, 1, 0])
+    batch = split.batch(torch.arange(10))
+    image, caption = batch.x.long(), batch.fields["tokens"][:, 0]
+    for wanted, captions in ((joint, caption), (product, caption.roll(-1))):
+        assert (10 * wanted).long().flatten().tolist() == torch.bincount(2 * image + captions, minlength=4).tolist()
+    trainer, model = plain_trainer("trainer.prior=none"), tabled(torch.zeros(2, 4, dtype=torch.float64))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-16)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        value = loss()
+        value = trainer.loss(model, batch, turn())
         value.backward()
         return value
 
     optimizer.step(closure)
-    torch.testing.assert_close(table.detach(), (joint / product).log(), atol=1e-6, rtol=0)
+    table = model.critic.table.detach()[:, :2]
+    torch.testing.assert_close(table, (joint / product).log(), atol=1e-6, rtol=0)
     middle = (joint + product) / 2
     jsd = ((joint * (joint / middle).log()).sum() + (product * (product / middle).log()).sum()) / 2
-    assert 2 * math.log(2) - loss().item() == pytest.approx(2 * float(jsd), abs=1e-9)
+    loss = float(trainer.loss(model, batch, turn()).detach())
+    assert 2 * math.log(2) - loss == pytest.approx(2 * float(jsd), abs=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["jensen-shannon", "clip"])
+@pytest.mark.parametrize("text_prior", [False, True])
+def test_the_loss_in_numbers(objective, text_prior):
+    """An image's negative is the next pair's caption; priors push noise towards 1 and features towards 0."""
+    rows = [[0.5, -1.0, 2.0], [0.3, 1.5, -0.7], [-2.0, 0.1, 0.9]]
+    table = torch.tensor([[*row, 9.0] for row in rows], dtype=torch.float64)
+    trainer = plain_trainer(f"trainer.objective={objective}", "trainer.prior_weight=0.25")
+    judges = {"image": Linear(1.0), **({"text": Linear(-0.5)} if text_prior else {})}
+    torch.manual_seed(0)
+    found = trainer.loss(tabled(table, **judges), pairs([0, 1, 2], [0, 1, 2]).batch(torch.arange(3)), turn())
+
+    def softplus(t: float) -> float:
+        return math.log1p(math.exp(t))
+
+    cross = sum(softplus(-rows[n][n]) + softplus(rows[n][(n + 1) % 3]) for n in range(3)) / 3
+    if objective == "clip":
+        across = [math.log(sum(map(math.exp, row))) for row in (*rows, *zip(*rows, strict=True))]
+        cross = (sum(across) - 2 * sum(rows[n][n] for n in range(3))) / 6
+    torch.manual_seed(0)
+    noise = torch.rand(3, 1, dtype=torch.float64).sum(1).tolist()
+    prior = sum(softplus(-(1.0 - u)) + softplus(1.0 - x) for u, x in zip(noise, (0, 1, 2), strict=True)) / 3
+    if text_prior:
+        noise = torch.rand(3, 4, dtype=torch.float64).sum(1).tolist()
+        prior += sum(softplus(0.5 + u) + softplus(-0.5 - 1) for u in noise) / 3  # a one-hot caption's sum is 1
+    assert found.item() == pytest.approx(0.75 * cross + 0.25 * prior)
+
+
+def test_evaluation_in_numbers():
+    """Four pairs whose scores are given: signs, guesses by the mean over a class's captions, and the loss."""
+    table = torch.tensor(
+        [[1.0, -1.0, 4.0, -9.0], [-2.0, -3.0, 1.0, -8.0], [0.5, 0.5, -1.0, 3.0], [2.0, 0.0, 0.1, 1.0]],
+        dtype=torch.float64,
+    )
+    trainer = plain_trainer()
+    facts = {**trainer.task.facts, "class_tokens": torch.tensor([[[0], [1]], [[2], [3]]])}
+    trainer = clip_lite.ClipLite(trainer.config, replace(trainer.task, facts=facts))
+    split = pairs([0, 1, 2, 3], [0, 1, 2, 3])
+    found = trainer.evaluate(tabled(table), split, turn(), batch_size=3)
+    positive, negative = [1.0, -3.0, -1.0, 1.0], [-1.0, 1.0, 3.0, 2.0]
+    loss = sum(math.log1p(math.exp(-p)) + math.log1p(math.exp(n)) for p, n in zip(positive, negative, strict=True)) / 4
+    assert found["loss"] == pytest.approx(loss)
+    assert found["pair-accuracy"] == (2 / 4 + 1 / 4) / 2
+    # mean scores of the two classes: 0, -2.5; -2.5, -3.5; 0.5, 1; 1, 0.55; the labels are 0, 0, 1, 1
+    assert found["accuracy"] == 3 / 4
+
+
+def test_a_lone_test_pair_takes_its_negative_from_training():
+    trainer = plain_trainer()
+    facts = {**trainer.task.facts, "class_tokens": torch.tensor([[[0], [1]], [[2], [3]]])}
+    trainer = clip_lite.ClipLite(trainer.config, replace(trainer.task, facts=facts))
+    model, one = tabled(torch.tensor([[2.0, -1.0, 0.0, -5.0]], dtype=torch.float64)), pairs([0], [0])
+    own = turn()
+    own.data = ClientData(0, train=pairs([0, 0], [1, 0]), test=one)
+    found = trainer.evaluate(model, one, own)
+    assert found["loss"] == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))
+    assert (found["pair-accuracy"], found["accuracy"]) == (1.0, 1.0)
+    with pytest.raises(DataError, match="one pair has no negative"):
+        trainer.evaluate(model, one, turn())
 
 
 @pytest.mark.parametrize("count", [2, 3, 16])
@@ -125,16 +247,22 @@ def test_no_matrix_of_pairs_is_made():
     assert kept == {"jensen-shannon": False, "clip": True}
 
 
+@pytest.mark.parametrize("text_prior", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
-def test_the_priors_weight(weight):
-    """w = 0 leaves no discriminator; w = 1 leaves critic and text encoder without a gradient."""
-    site = site_of(FILE, [*SMALL, f"trainer.prior_weight={weight}"])
+def test_the_priors_weight(weight, text_prior):
+    """w = 0 leaves no discriminator; w = 1 leaves the critic, and without its prior the text, without a gradient."""
+    site = site_of(FILE, [*SMALL, f"trainer.prior_weight={weight}", f"trainer.text_prior={str(text_prior).lower()}"])
     batch = site.federation.data.train.batch(torch.arange(16))
     site.trainer.loss(site.model.train(), batch, turn()).backward()
-    assert (site.model.prior is None) == (weight == 0)
-    for part in (site.model.critic, site.model.text):
-        moved = any(p.grad is not None and bool((p.grad != 0).any()) for p in part.parameters())
-        assert moved == (weight < 1)
+    wanted = {"image", "text"} if text_prior else {"image"}
+    assert set(site.model.priors) == (wanted if weight else set())
+
+    def moved(part: nn.Module) -> bool:
+        return any(p.grad is not None and bool((p.grad != 0).any()) for p in part.parameters())
+
+    assert moved(site.model.critic) == (weight < 1)
+    assert moved(site.model.text) == (weight < 1 or text_prior)
+    assert moved(site.model.image)
 
 
 def test_the_adversarial_prior_turns_the_encoders_gradient_around_and_nothing_else():
@@ -183,14 +311,59 @@ def test_a_turn_starts_from_the_clouds_weights_alone():
     assert optimizer.state == {}
 
 
-def test_rates_warm_up_and_fall():
-    trainer = site_of(FILE, [*SMALL, "trainer.warm_up=0.2"]).trainer
-    rates = [trainer.rate(turn(number, 20)) for number in range(1, 21)]
-    assert rates[0] == pytest.approx(0.25)
-    assert rates == [*sorted(rates[:4]), *sorted(rates[4:], reverse=True)]
-    assert 0 < rates[-1] < 0.01
-    groups = trainer.optimizer(site_of(FILE, SMALL).model, turn(4, 20)).param_groups
-    assert [group["lr"] for group in groups] == [0.02 * trainer.rate(turn(4, 20))] * 2
+@pytest.mark.parametrize(("rounds", "steps", "warm_up"), [(4, 5, 0.1), (20, 20, 0.05), (3, 4, 0.0), (1, 1, 0.05)])
+def test_rates_follow_the_authors_schedule_step_by_step(rounds, steps, warm_up):
+    """LinearWarmupCosineAnnealingLR of the authors' optim/lr_scheduler.py, over the steps of all rounds."""
+    trainer = plain_trainer(f"trainer.local_steps={steps}", f"trainer.warm_up={warm_up}")
+    total = rounds * steps
+    warm = round(warm_up * total)
+
+    def multiplier(step: int) -> float:
+        if step < warm:
+            return step / float(max(1, warm))
+        return math.cos((step - warm) / (total - warm) * (math.pi / 2)) ** 2
+
+    wanted = [multiplier(step) for step in range(total)]
+    shares = [trainer.share(turn(n, rounds), taken) for n in range(1, rounds + 1) for taken in range(steps)]
+    assert shares == pytest.approx(wanted)
+    assert (shares[0] == 0) == (warm > 0)
+
+
+def test_every_step_has_its_own_rates(monkeypatch):
+    """As the optimizer takes them in a federation of few rounds: up in the first of them, then down."""
+    site = site_of(FILE, [*SMALL, "trainer.lr=0.3", "trainer.rest_lr=0.1", "trainer.warm_up=0.25"])
+    used, step = [], torch.optim.SGD.step
+
+    def spied(self, closure=None):
+        used.append([group["lr"] for group in self.param_groups])
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spied)
+    for number in (1, 2):
+        site.trainer.fit(site.model, site.federation.client(0), {}, turn(number, 2))
+    shares = [0, 1 / 3, 2 / 3, *(math.cos(n / 9 * math.pi / 2) ** 2 for n in range(9))]
+    assert [image for image, _ in used] == pytest.approx([0.3 * share for share in shares])
+    assert [rest for _, rest in used] == pytest.approx([0.1 * share for share in shares])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch_norm=recalibrate", r"trainer\.batch_norm: Input should be 'average' or 'local' \(got 'recalibrate'\)"),
+        ("drop_last=true", r"trainer\.drop_last: Input should be False \(got True\)"),
+        ("local_epochs=2", r"trainer\.local_epochs: Input should be 1 \(got 2\)"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(change, message):
+    with pytest.raises(ScenarioError, match=message):
+        scenario.check(scenario.load(FILE, ["variants={}", f"trainer.{change}"]))
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_clients_evaluate_under_every_policy_of_batch_norm(tmp_path, policy):
+    current, outcome = run(tmp_path, (f"trainer.batch_norm={policy}", "rounds.count=1"), TEXT)
+    assert not outcome.failed, outcome.failed
+    assert set(lines(current)[-1]["federated"]) >= {"loss", "accuracy", "pair-accuracy"}
 
 
 def test_steps_do_not_depend_on_the_batch():

@@ -88,16 +88,24 @@ class LookaheadSGD(torch.optim.SGD):
     """SGD whose weights are drawn back every ``k`` steps: slow <- slow + alpha (fast - slow), fast <- slow.
 
     Zhang et al., NeurIPS 2019, Algorithm 1. Slow weights start as the weights it is given.
+
+    Args:
+        share: of the rates, as a function of the steps taken so far, from 0.
     """
 
-    def __init__(self, params: Any, k: int = 5, alpha: float = 0.5, **options: Any) -> None:
+    def __init__(
+        self, params: Any, k: int = 5, alpha: float = 0.5, share: Callable[[int], float] = lambda _: 1.0, **options: Any
+    ) -> None:
         super().__init__(params, **options)
-        self.k, self.alpha, self.taken = k, alpha, 0
+        self.k, self.alpha, self.share, self.taken = k, alpha, share, 0
+        self.rates = [group["lr"] for group in self.param_groups]
         self.fast = [p for group in self.param_groups for p in group["params"]]
         self.slow = [p.detach().clone() for p in self.fast]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group, rate in zip(self.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.share(self.taken)
         loss: float | None = super().step(closure)
         self.taken += 1
         if self.taken % self.k == 0:

@@ -62,8 +62,8 @@ class CaptionedDigits(Source):
     one of four places of a canvas of 16x16, bright or faint, and these choices and the words of its caption (four
     orders of words, two words for each brightness) are drawn by the run's seed. So the captions are true, but have the
     wealth of a form with four fields, not of language. There are 80 meanings: one other caption in 80 fits an image as
-    well as its own (one in 20 without ``places``). The examples held out are the same for every seed; their places and
-    captions are not.
+    well as its own (one in 20 without ``places``, one in 10 without ``tones``, too). The examples held out are the same
+    for every seed; their places and captions are not.
 
     ``x`` is ``(n, 1, 16, 16)``, ``tokens`` int64 ``(n, 7)`` with 0 for none, ``y`` the digit, which methods that learn
     from pairs do not look at. Facts: ``vocabulary``, the words by token; ``class_tokens``, int64 ``(10, m, 7)``, for
