@@ -52,7 +52,7 @@ BASES = {"0 to 4": (0, 1, 2, 3, 4), "0 to 7": (0, 1, 2, 3, 4, 5, 6, 7)}
 EPOCHS = (8, 30, 100)
 
 
-def measure(seeds: int = 8) -> tuple[list[Claim], dict[str, Any]]:
+def measure(seeds: int = 6) -> tuple[list[Claim], dict[str, Any]]:
     cells = compare(SCENARIO, seeds=range(seeds))
     accuracy = {name: [100 * cell.last("central", "accuracy") for cell in each] for name, each in cells.items()}
     shares = {name: each[0].last("train", "tuned-share") for name, each in cells.items()}
@@ -132,7 +132,7 @@ def choose() -> dict[str, float]:
 # -- how much of it is the base's -----------------------------------------------------------------------------
 
 
-def by_base(seeds: int = 5) -> list[dict[str, Any]]:
+def by_base(seeds: int = 4) -> list[dict[str, Any]]:
     """Return accuracies of adapters and of full tuning for the same two digits and labels on six bases.
 
     A base is one pretraining, the same under all seeds; the seeds draw the labels.
