@@ -365,7 +365,7 @@ def again(fleet: Fleet, services: tuple[str, ...], options: tuple[str, ...]) -> 
     before = {each: fleet.started(each) for each in services}
     up = fleet("up", "--detach", "--no-build", *options, wait=False)
     fleet.until("all were started again", lambda: all(fleet.started(each) != before[each] for each in services), 60)
-    fleet.until("they found the run complete and ended with status 0", partial(fleet.ended, *services, "export"), 120)
+    fleet.until("they found the run complete and ended with status 0", partial(fleet.ended, *services, "export"), 300)
     fleet.until("both edges are healthy", partial(fleet.healthy, "edge-1", "edge-2"), 60)
     up.wait()
 
