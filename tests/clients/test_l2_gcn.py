@@ -327,7 +327,12 @@ def test_epochs_cost_what_the_time_ratio_says(monkeypatch, ratio):
 def test_a_controller_that_never_stops_is_the_fixed_schedule():
     overrides = {
         "fixed": ["trainer.layer_epochs=10"],
-        "learned": ["trainer.controller=learned", "trainer.min_epochs=0", "trainer.max_epochs=10", "trainer.search_rounds=0"],
+        "learned": [
+            "trainer.controller=learned",
+            "trainer.min_epochs=0",
+            "trainer.max_epochs=10",
+            "trainer.search_rounds=0",
+        ],
     }
     ends = []
     for changes in overrides.values():

@@ -263,8 +263,6 @@ def test_a_client_that_sat_a_round_out_corrects_by_what_it_holds_now():
     assert (sent[4] - sent[2]).abs().max() > 1e-3
 
 
-
-
 def test_one_local_step_is_a_step_on_the_union(tmp_path):
     """With all in the buffers phi moves by the union's gradient, at second moments whose others' part is a round old.
 
