@@ -75,6 +75,12 @@ def run(
         if set_:
             raise TrellisError("usage", "--set cannot be used with --resume: a resumed run is the run it was")
         current = Run.open(resolve(resume, runs))
+        if current.deployed:
+            raise TrellisError(
+                "run-deployed",
+                f"{current.path} was run by nodes, which keep their private state; continue it with:"
+                f" trellis serve --resume {current.path}",
+            )
         scenario.check(current.scenario)
     raise typer.Exit(execute(current, quiet, json_))
 
