@@ -89,7 +89,7 @@ def test_a_node_that_comes_back_finds_its_private_state(tmp_path, simulated):
                 node, thread = fleet.running["node-2"]
                 node.connection._channel.close()  # as if the machine had gone: no word of farewell
                 node.connection._stopped.set()
-                node.connection.wake()
+                node.connection.agenda.finish()
                 node.finish()
                 thread.join(20)
                 fleet.start(ports[0], 2)
