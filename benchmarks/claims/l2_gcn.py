@@ -90,8 +90,8 @@ def measure(seeds: int = 5) -> list[Claim]:
             f"at {NODES} nodes layer-wise training takes at most {FASTER:g} of the CPU time",
             "end to end on the whole graph, equal epochs",
             f"{fast:.2f} against {slow:.2f} s for {EPOCHS} epochs a layer in mini-batches of 1024, the least of "
-            f"{REPEATS} measurements each: {fast / slow:.2f}. Their medians: {median(seconds['layer-wise']):.2f} against "
-            f"{median(seconds['end-to-end']):.2f} s",
+            f"{REPEATS} measurements each: {fast / slow:.2f}. Their medians: {median(seconds['layer-wise']):.2f} "
+            f"against {median(seconds['end-to-end']):.2f} s",
             "held" if fast <= FASTER * slow else "not held",
             "Its mini-batches take more steps than the whole graph does." if fast > FASTER * slow else "",
         ),
