@@ -376,6 +376,7 @@ def test_a_server_that_lost_an_answer_is_given_it_again(link, source, tmp_path):
     node = start()
     answering(node, 3)
     first = send(arrays=arrays_of(source, 0.125))
+    until(lambda: not node.device.store.unsettled())  # the server's word is noted; what that loses is tested elsewhere
     node.stop()
     until(lambda: not any(thread.name == "housekeeping" for thread in threading.enumerate()))
     port = send.grid.link.port

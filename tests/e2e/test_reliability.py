@@ -603,7 +603,7 @@ def test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline(monkeypatch, jump):
 
 @pytest.mark.battery("F7")
 def test_nothing_on_the_link_waits_by_the_wall_clock(tmp_path):
-    """Only log lines, the last day of credentials and certificates read it; these suit a clock ten minutes behind."""
+    """Only logs, metrics, the last day of credentials and certificates read it; these suit a clock ten minutes behind."""
     reads = set()
     folders = [
         "platform/trellis/grids",
@@ -619,7 +619,7 @@ def test_nothing_on_the_link_waits_by_the_wall_clock(tmp_path):
                 "datetime.utcnow",
             ):
                 reads.add(path.name)
-    assert reads <= {"nodes.py", "certificates.py", "logs.py"}
+    assert reads <= {"nodes.py", "allowing.py", "certificates.py", "logs.py", "metrics.py", "node_metrics.py"}
     certificates.write(tmp_path, ["localhost"])
     for name in ("ca", "server"):
         made = x509.load_pem_x509_certificate((tmp_path / f"{name}.pem").read_bytes())
