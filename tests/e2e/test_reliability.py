@@ -603,7 +603,7 @@ def test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline(monkeypatch, jump):
 
 @pytest.mark.battery("F7")
 def test_nothing_on_the_link_waits_by_the_wall_clock(tmp_path):
-    """Only logs, metrics, the last day of credentials and certificates read it; these suit a clock ten minutes behind."""
+    """Only logs, metrics, the last day of credentials and certificates read it; they suit a clock ten minutes late."""
     reads = set()
     folders = [
         "platform/trellis/grids",

@@ -86,7 +86,7 @@ class PlLowerBound(Trainer):
     its symbols and constants were not compared with the paper's text. Not here: conjugate gradients and BFGS, which the
     bound covers as well, and the random rotation that extends it beyond methods of the gradients' span (Adam is not of
     that span, but leaves coordinates without a gradient where they are). The count, and whether it has ended, travel in
-    the model as two more numbers, equal on all clients. A server that does more than average would bend them, and x too.
+    the model as two more numbers, equal on all clients. A server that does more than average bends them, and x too.
     """
 
     metric = ("oracle-calls", "min")
