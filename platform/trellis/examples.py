@@ -23,7 +23,8 @@ def of_trainer(name: str) -> tuple[str, Path | None]:
             return path.read_text(), path
     facts = registry.info_of(registry.load("trainers", name)).facts
     strategy = next(iter(facts.get("strategies") or ("fedavg",)))
-    lines = (f"name: {name}", f"data: {_data(facts.get('takes'))}", "clients: 4", f"trainer: {{name: {name}}}")
+    label = Path(name.partition(".py:")[0]).name.replace("_", "-").lower()  # a file's name, of my_method.py:MyMethod
+    lines = (f"name: {label}", f"data: {_data(facts.get('takes'))}", "clients: 4", f"trainer: {{name: {name}}}")
     return "\n".join([*lines, f"strategy: {strategy}", "rounds: {count: 5}", ""]), None
 
 

@@ -181,6 +181,10 @@ def test_a_new_trainer_works_and_its_test_passes(tmp_path, monkeypatch):
     status, text = call("run", "my_method.yaml", "--quiet")
     assert status == 0, text
     assert pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path / "test_my_method.py")]) == 0
+    status, text = call("info", "trainer", "my_method.py:MyMethod")
+    assert status == 0, text
+    example = scenario.safe_yaml.parse(text.partition("A scenario that runs it:")[2], "")
+    scenario.check(scenario.from_mapping(example))
     status, text = call("new", "trainer", "my-method")
     assert status == 2
     assert "is there already" in text
