@@ -25,16 +25,14 @@ from trellis.wire import content as wire
 from trellis.wire.generated import link_pb2 as pb
 from trellis_clients.link import edge_duty
 from trellis_clients.link.agenda import EndedError, TaskCancelledError
-from trellis_clients.link.connection import Connection, Identity
+from trellis_clients.link.connection import Identity
 from trellis_clients.link.edge_device import Account, Device, Serving, account_of, packed
 from trellis_clients.link.lines import plain
 from trellis_clients.link.store import Store, held, instance_of, name_of, write
+from trellis_clients.link.working import Worker
 
 STREAM = "train.stream"
 ENCODINGS = {"none": pb.ENCODING_NONE, "zstd": pb.ENCODING_ZSTD}
-FAILED_CLIENT = 2
-"""As in ``trellis.flower``, which imports Flower."""
-
 LOOK_S = 0.05
 """Between looks at how much was answered."""
 
@@ -45,7 +43,7 @@ DRAIN_S = 4.0
 """Time for requests that are being answered when a device is told to stop; again as much at most for its state."""
 
 
-class EdgeNode:
+class EdgeNode(Worker):
     """Serves, and answers the link's tasks.
 
     Args:
@@ -67,10 +65,8 @@ class EdgeNode:
         announced: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self.metrics = NodeMetrics(None)
-        self.connection = Connection(identity, folder, self.metrics.count)
-        self.log = self.connection.log
-        self.folder, self.serving, self.model = folder, serving, model
-        self.encoding, self.announced = encoding, announced
+        super().__init__(identity, folder, encoding, self._count)
+        self.serving, self.model, self.announced = serving, model, announced
         self.device: Device | None = None
         self._settled: Device | None = None
         self._warned: Device | None = None
@@ -88,12 +84,7 @@ class EdgeNode:
         try:
             self._take_up()
             try:
-                self.connection.start()
-                for task in self.connection.tasks():
-                    try:
-                        self._answer(task)
-                    finally:
-                        self.connection.done(task.id)
+                self.work()
             except EndedError as end:
                 reason = str(end)
             except GridError as error:
@@ -115,50 +106,20 @@ class EdgeNode:
         self._stop.set()
         self.connection.close("it stops")
 
+    def store(self) -> Store | None:
+        return None if self.device is None else self.device.store
+
+    def fatal(self) -> tuple[type[TrellisError], ...]:
+        return (GridError,) if self.device is None else ()  # it cannot serve where it was told to
+
+    def _count(self, name: str, labels: Mapping[str, str]) -> None:
+        self.metrics.count(name, labels)
+        if name == "task" and self.device is not None:
+            self.device.tasks.labels(labels["verdict"]).inc()
+
     # -- a task -----------------------------------------------------------------------------------------
 
-    def _answer(self, task: pb.Task) -> None:
-        started = time.perf_counter()
-        self.log.about.update(task=task.id, cell=plain(task.cell), kind=plain(task.kind))
-        try:
-            said = pb.Verdict.Name(self._verdict(task)).removeprefix("VERDICT_").lower()
-        except TaskCancelledError:
-            self.log.info("task cancelled")
-        except DataError as error:  # the server does not take a failure either; its deadline ends the task
-            self.log.error("failure not reported", extra={"reason": str(error)})
-        else:
-            seconds = time.perf_counter() - started
-            self.metrics.count("task", {"kind": plain(task.kind), "verdict": said, "seconds": f"{seconds:.6f}"})
-            if self.device is not None:
-                self.device.tasks.labels(said).inc()
-                self.metrics.count("store", {"value": str(self.device.store.num_bytes)})
-            self.log.info("task done", extra={"verdict": said, "seconds": round(seconds, 3)})
-        finally:
-            for field in ("task", "cell", "kind", "round"):
-                self.log.about.pop(field, None)
-
-    def _verdict(self, task: pb.Task) -> int:
-        """Answer a task, if need be with a failure: a fault in a task must not end a device that others ask."""
-        try:
-            return self._submit(task)
-        except EndedError:
-            raise
-        except GridError as error:
-            if self.device is None:  # it cannot serve where it was told to
-                self.connection.submit(task.id, None, (FAILED_CLIENT, str(error)))
-                raise
-            reason = str(error)
-        except TrellisError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = str(RunError("node-store", f"{self.folder} cannot be read or written: {error}"))
-        except Exception as error:
-            self.log.exception("task failed")
-            reason = f"{type(error).__name__}: {error}"
-        self.log.error("task failed", extra={"reason": plain(reason)})
-        return self.connection.submit(task.id, None, (FAILED_CLIENT, reason))
-
-    def _submit(self, task: pb.Task) -> int:
+    def submit(self, task: pb.Task) -> int:
         if task.kind != STREAM:
             raise DataError("edge-task", f"a device answers {STREAM!r}; it cannot do {task.kind!r:.80}")
         device = self._device(task)
@@ -181,7 +142,7 @@ class EdgeNode:
         try:
             return self._hand_in(task.id, answer, account, device)
         except TaskCancelledError:
-            self._note(store.dropped, task.id)
+            self.note(store.dropped, task.id)
             device.kept_back(account)
             raise
 
@@ -189,19 +150,12 @@ class EdgeNode:
         """Submit an answer, and note down what became of it."""
         verdict, store = self.connection.submit(task, answer, encoding=self.encoding), device.store
         wanted, before = verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE), store.counts(task)
-        self._note(store.accepted if wanted else store.dropped, task)
+        self.note(store.accepted if wanted else store.dropped, task)
         if not wanted:
             device.kept_back(account)
         elif not before:  # else the server lost it and was given it again
             device.delivered(account)
         return verdict
-
-    def _note(self, verdict: Callable[[str], None], task: str) -> None:
-        """Have the store note what became of an answer."""
-        try:
-            verdict(task)
-        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
-            self.log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
 
     def _settle(self, device: Device, current: str) -> None:
         """Ask what became of answers that the process before was killed over: nothing shall be reported twice."""
@@ -219,8 +173,8 @@ class EdgeNode:
         end = time.monotonic() + task.seconds_left * (1 - LAST_SHARE)
         config, arrays = self._record(task, "config"), self._record(task, "arrays")
         batches = config.values.get("batches") if config is not None else None
-        if config is not None and isinstance(number := config.values.get("server-round"), int):
-            self.log.about["round"] = number
+        if config is not None:
+            self.note_round(config.values.get("server-round"))
         if arrays is None or not isinstance(batches, int) or batches < 1:
             raise DataError(
                 "edge-task", f"{STREAM!r} comes with the records 'arrays' and 'config', and 'batches' in it"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from trellis import flower, scenario
-from trellis.errors import DataError, RunError, TrellisError
+from trellis.errors import DataError
 from trellis.grids.grpc import from_wire, to_wire
 from trellis.grids.local import client_context, run_client
 from trellis.scenario import Scenario
@@ -21,10 +20,12 @@ from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.shortening import shorten
 from trellis_clients import app as client_app
 from trellis_clients.link.agenda import EndedError, TaskCancelledError
-from trellis_clients.link.connection import Connection, Identity
+from trellis_clients.link.connection import Identity
 from trellis_clients.link.consent import Consent
 from trellis_clients.link.lines import plain
 from trellis_clients.link.store import Store
+from trellis_clients.link.transfers import Counted
+from trellis_clients.link.working import Worker
 from trellis_clients.site import Cell
 
 
@@ -43,7 +44,7 @@ class Live:
     store: Store
 
 
-class TrainingNode:
+class TrainingNode(Worker):
     """Answers the link's tasks with a client app.
 
     Args:
@@ -62,12 +63,10 @@ class TrainingNode:
         *,
         changed: Callable[[Scenario], Scenario] | None = None,
         encoding: pb.Encoding = pb.ENCODING_NONE,
-        counted: Callable[[str, Mapping[str, str]], None] = lambda *_: None,
+        counted: Counted = lambda *_: None,
     ) -> None:
-        self.connection = Connection(identity, folder, counted)
-        self.log = self.connection.log
-        self.folder, self.changed = folder, changed or Consent()
-        self.encoding, self.counted = encoding, counted
+        super().__init__(identity, folder, encoding, counted)
+        self.changed = changed or Consent()
         self._live: Live | None = None
 
     def run(self) -> str:
@@ -77,12 +76,7 @@ class TrainingNode:
             GridError: the server does not want this node, or is lost for good.
         """
         try:
-            self.connection.start()
-            for task in self.connection.tasks():
-                try:
-                    self._answer(task)
-                finally:
-                    self.connection.done(task.id)
+            self.work()
         except EndedError as end:
             return str(end)
         finally:
@@ -96,44 +90,12 @@ class TrainingNode:
         """
         self.connection.finish()
 
+    def store(self) -> Store | None:
+        return None if self._live is None else self._live.store
+
     # -- a task -----------------------------------------------------------------------------------------
 
-    def _answer(self, task: pb.Task) -> None:
-        started = time.perf_counter()
-        self.log.about.update(task=task.id, cell=plain(task.cell), kind=plain(task.kind))
-        try:
-            said = pb.Verdict.Name(self._verdict(task)).removeprefix("VERDICT_").lower()
-        except TaskCancelledError:
-            self.log.info("task cancelled")
-        except DataError as error:  # the server does not take a failure either; its deadline ends the task
-            self.log.error("failure not reported", extra={"reason": str(error)})
-        else:
-            seconds = time.perf_counter() - started
-            self.counted("task", {"kind": plain(task.kind), "verdict": said, "seconds": f"{seconds:.6f}"})
-            self.log.info("task done", extra={"verdict": said, "seconds": round(seconds, 3)})
-        finally:
-            if self._live is not None:
-                self.counted("store", {"value": str(self._live.store.num_bytes)})
-            for field in ("task", "cell", "kind", "round"):
-                self.log.about.pop(field, None)
-
-    def _verdict(self, task: pb.Task) -> int:
-        """Answer a task, if need be with a failure: whatever happens in a task must not end the node."""
-        try:
-            return self._submit(task)
-        except EndedError:
-            raise
-        except TrellisError as error:
-            reason = str(error)
-        except OSError as error:  # an answer that could be lost with its state must not count
-            reason = str(RunError("node-store", f"{self.folder} cannot be read or written: {error}"))
-        except Exception as error:
-            self.log.exception("task failed")
-            reason = f"{type(error).__name__}: {error}"
-        self.log.error("task failed", extra={"reason": plain(reason)})
-        return self.connection.submit(task.id, None, (flower.FAILED_CLIENT, reason))
-
-    def _submit(self, task: pb.Task) -> int:
+    def submit(self, task: pb.Task) -> int:
         place = self.connection.agenda.place(task.id)
         live = self._cell(task, place)
         self._settle(live.store, task)
@@ -142,7 +104,8 @@ class TrainingNode:
             received: wire.Content = {}
             for record in task.records:
                 received |= {record.name: wire.unpack(self.connection.payload(record.payload, task.id))["record"]}
-            self._note_round(received)
+            if (config := received.get("config")) is not None:
+                self.note_round(config.values.get("server-round"))
             reply, state = self._run(task, place, live, received)
             if reply.has_error():
                 failed = reply.error.code, reply.error.reason or "no reason"
@@ -154,29 +117,22 @@ class TrainingNode:
         try:
             return self._hand_in(task.id, answer, live.store)
         except TaskCancelledError:
-            self._note(live.store.dropped, task.id)
+            self.note(live.store.dropped, task.id)
             raise
 
     def _hand_in(self, task: str, answer: bytes, store: Store) -> int:
         """Submit an answer, and note down what became of it."""
         verdict = self.connection.submit(task, answer, encoding=self.encoding)
         if verdict in (pb.VERDICT_ACCEPTED, pb.VERDICT_DUPLICATE):
-            self._note(store.accepted, task)
+            self.note(store.accepted, task)
         else:
-            self._note(store.dropped, task)
+            self.note(store.dropped, task)
         return verdict
-
-    def _note(self, verdict: Callable[[str], None], task: str) -> None:
-        """Have the store note what became of an answer."""
-        try:
-            verdict(task)
-        except OSError as error:  # known in memory; noted with the next answer, or asked for after a restart
-            self.log.warning("verdict not noted", extra={"task": task, "reason": str(error)})
 
     def _settle(self, store: Store, task: pb.Task) -> None:
         """Ask what became of answers whose verdict did not come, or a state that counts would be forgotten."""
         if task.after in store:  # this one counts: the server says so without being asked
-            self._note(store.accepted, task.after)
+            self.note(store.accepted, task.after)
         for known in store.unsettled():
             kept = store.answer(known)
             if known != task.id and kept is not None:
@@ -203,12 +159,6 @@ class TrainingNode:
             return store.state_after(task.after)
         self.log.warning("no state after the last answer that counts", extra={"reason": plain(task.after)})
         return store.state()
-
-    def _note_round(self, received: wire.Content) -> None:
-        """Have log lines say which round the task is of."""
-        config = received.get("config")
-        if config is not None and isinstance(number := config.values.get("server-round"), int):
-            self.log.about["round"] = number
 
     def _cell(self, task: pb.Task, place: pb.JoinResponse) -> Live:
         """Return the live objects of the task's cell, and the node's store for it."""

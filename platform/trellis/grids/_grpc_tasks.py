@@ -12,6 +12,9 @@ from typing import Any
 
 from trellis.wire.generated import link_pb2 as pb
 
+FAILED_CLIENT, FAILED_WORKER = 2, 8
+"""Codes of a failure, as in ``trellis.flower``, which the link can do without."""
+
 REMEMBERED = 64
 """Ids of answered tasks that are kept for each client, so that an answer sent twice is known for what it is. A node
 has few answers that it does not know to be accepted: it works on one task at a time."""
