@@ -240,9 +240,12 @@ class Site:
             size = self.scenario.evaluation.batch_size
             if self.scenario.trainer.params.get("batch_norm", "average") == "average":
                 return self.trainer.evaluate(self.model, test, turn, size)
-            # The clients keep the statistics, so the cloud has none to normalise with but the batch's own.
+            # The clients keep the statistics, so the cloud has none to normalise with but the batch's own. Stored
+            # class by class, as folders of images are, a batch would be of one class.
+            order = torch.randperm(len(test), generator=seeding.torch_generator(self.seed, "central order"))
+            mixed = test.subset(order.to(test.rows.device))
             with batchnorm.batch_statistics(self.model):
-                return self.trainer.evaluate(self.model, test, turn, size)
+                return self.trainer.evaluate(self.model, mixed, turn, size)
 
     def answer(self, action: str, turn: Turn, state: State) -> RecordDict:
         """Answer a question of the strategy. The client may keep something of it in ``state``."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import RecordDict
+from sklearn.datasets import load_digits
 
 from trellis import records
 from trellis_clients import batchnorm, contract
@@ -63,3 +65,24 @@ def test_batch_statistics_leave_the_running_ones_alone():
         torch.testing.assert_close(layer(x).mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert layer.running_mean is not None
     assert layer.running_mean.tolist() == [0, 0, 0]
+
+
+def test_the_cloud_takes_batches_of_all_classes_where_the_statistics_stay_at_the_clients(tmp_path, monkeypatch):
+    digits = load_digits()
+    rows = np.argsort(digits.target[1400:], kind="stable") + 1400  # stored class by class
+    images = digits.images[:, None].astype(np.float32) / 16
+    parts = {"x_train": images[:1400], "y_train": digits.target[:1400]}
+    np.savez(tmp_path / "digits.npz", x_test=images[rows], y_test=digits.target[rows], **parts)
+    data = f"data={{name: npz, path: {tmp_path / 'digits.npz'}}}"
+    batches = {}
+    for policy in ("average", "local"):
+        site = site_of(FILE, [data, *MODEL, f"trainer.batch_norm={policy}", "evaluation.batch_size=100"])
+        seen = batches.setdefault(policy, [])
+        monkeypatch.setattr(site.trainer, "evaluate", lambda model, split, turn, size, seen=seen: seen.append(split))
+        site.evaluate_centrally(site.initial(), 1)
+        site.evaluate_centrally(site.initial(), 2)
+    sorted_, mixed = ([split.batch(torch.arange(100)).y for split in batches[policy]] for policy in batches)
+    assert [len(y.unique()) for y in sorted_] == [3, 3]
+    assert [len(y.unique()) for y in mixed] == [10, 10]
+    assert torch.equal(*mixed)
+    assert sorted(batches["local"][0].rows.tolist()) == sorted(batches["average"][0].rows.tolist())
