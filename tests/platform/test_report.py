@@ -15,7 +15,7 @@ import pytest
 from report_runs import make_run, write_lines
 from trellis import report
 from trellis.errors import RunError
-from trellis.report import charts, figures, page, reading, units
+from trellis.report import charts, clients, figures, page, reading, units
 from trellis.report.svg import Axis
 
 HOSTILE = "<script>alert(1)</script>"
@@ -212,11 +212,11 @@ def test_the_main_metric(tmp_path: Path, names: list[str], chosen: str) -> None:
 
 def test_the_worst_tenth_of_a_loss_are_its_largest(tmp_path: Path) -> None:
     run = reading.read(make_run(tmp_path / "run", variants=(), seeds=(0,), clients=10, metric="rmse"))
-    section = page.clients(figures.series_of(run), "rmse")
+    section = clients.clients(figures.series_of(run), "rmse")
     assert section is not None
     assert section["rows"][0]["names"][0].startswith("client 0 ")
     accuracy = reading.read(make_run(tmp_path / "other", variants=(), seeds=(0,), clients=10))
-    section = page.clients(figures.series_of(accuracy), "accuracy")
+    section = clients.clients(figures.series_of(accuracy), "accuracy")
     assert section is not None
     assert len(section["rows"][0]["names"]) == 1
     assert section["rows"][0]["names"][0].startswith("client 9 ")
@@ -248,7 +248,7 @@ def test_an_axis_holds_its_values_with_a_few_even_ticks(low: float, high: float)
         (units.number(None), "–"),
         (units.plus_minus("accuracy", 0.9379, 0.0194), "93.79 ± 1.94 %"),
         (units.plus_minus("loss", 0.18891, 0.00111), "0.1889 ± 0.0011"),
-        (page.ranges([9, 4, 5, 5, 6]), "4–6, 9"),
+        (clients.ranges([9, 4, 5, 5, 6]), "4–6, 9"),
     ],
 )
 def test_numbers_as_people_write_them(written: str, meant: str) -> None:
@@ -378,7 +378,7 @@ def test_a_partition_is_drawn_as_bubbles_or_as_a_heat_map(clients: int, classes:
     counts = np.random.default_rng(0).integers(1, 9, (clients, classes))
     partition = reading.Partition(tuple(map(str, range(classes))), counts)
     cell = reading.Cell("main-seed0", "", 0, (), {}, None, (), partition, {})
-    section = page.partitions([figures.Series("main", (cell,))])
+    section = clients.partitions([figures.Series("main", (cell,))])
     assert section is not None
     (picture,) = pictures(section["pictures"][0]["chart"])
     assert (picture.find("image") is not None) == heat

@@ -22,6 +22,7 @@ from trellis.report.units import number
 
 COLOURS = 7
 MAX_TIPS = 60
+MAX_PICTURES = 4
 MAX_COLUMNS = 100
 MAX_BUBBLES = (40, 24)
 """Clients and classes up to which a partition is drawn as bubbles; beyond, as a heat map."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from trellis import scenario as scenarios
 from trellis.errors import RunError, ScenarioError
-from trellis.report import figures, page, reading, units
+from trellis.report import clients, figures, page, reading, units
 from trellis.report.figures import Series
 from trellis.report.reading import Run
 
@@ -118,7 +118,7 @@ def context(entries: Sequence[Entry]) -> dict[str, Any]:
         "series": page.legend(series),
         "headline": page.headline(series, source, name),
         "learning": page.learning(series, source, name),
-        "clients": page.clients(series, name),
+        "clients": clients.clients(series, name),
         "results": page.results(series, name),
         "keys": list(rows[0]["differences"]),
         "differences": [[_setting(value) for value in row["differences"].values()] for row in rows],
