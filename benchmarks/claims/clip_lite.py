@@ -91,13 +91,15 @@ def drop(probes: dict[str, list[float]], suffix: str, how: str, caveat: str) -> 
     """Return the claim that a small batch costs CLIP-Lite less."""
     lost = {name: paired(probes[f"{name}-128{suffix}"], probes[f"{name}-8{suffix}"]) for name in OBJECTIVES}
     saved = paired(lost["clip"], lost["clip-lite"])
-    verdict: Verdict = "held" if mean(saved) >= LOST else "in part" if mean(saved) > 0 else "not held"
-    if all(mean(of) < 0 for of in lost.values()):
-        caveat += " Both gain from that, and CLIP-Lite gains more." if mean(saved) > 0 else " Both gain from that."
+    nothing = all(mean(of) < 0 for of in lost.values())
+    verdict: Verdict = "not held" if mean(saved) <= 0 else "in part" if nothing or mean(saved) < LOST else "held"
+    if nothing:
+        caveat += " Neither loses anything by that; CLIP-Lite gains " + ("more." if mean(saved) > 0 else "less.")
     return Claim(
         f"from batch 128 to batch 8 the probe loses {LOST:g} points less, {how}",
         "InfoNCE (CLIP)",
-        f"loses {spread(lost['clip-lite'])} against {spread(lost['clip'])} points: {spread(saved, sign=True)} less",
+        f"{spread([-each for each in lost['clip-lite']], sign=True)} against"
+        f" {spread([-each for each in lost['clip']], sign=True)} points: {spread(saved, sign=True)}",
         verdict,
         caveat,
     )

@@ -373,16 +373,16 @@ def test_a_long_run_of_many_clients_stays_a_small_page(tmp_path: Path) -> None:
     assert longest == figures.MAX_POINTS
 
 
-@pytest.mark.parametrize(("clients", "classes", "heat"), [(20, 10, False), (1000, 10, True), (20, 100, True)])
-def test_a_partition_is_drawn_as_bubbles_or_as_a_heat_map(clients: int, classes: int, heat: bool) -> None:
-    counts = np.random.default_rng(0).integers(1, 9, (clients, classes))
-    partition = reading.Partition(tuple(map(str, range(classes))), counts)
+@pytest.mark.parametrize(("rows", "columns", "heat"), [(20, 10, False), (1000, 10, True), (20, 100, True)])
+def test_a_partition_is_drawn_as_bubbles_or_as_a_heat_map(rows: int, columns: int, heat: bool) -> None:
+    counts = np.random.default_rng(0).integers(1, 9, (rows, columns))
+    partition = reading.Partition(tuple(map(str, range(columns))), counts)
     cell = reading.Cell("main-seed0", "", 0, (), {}, None, (), partition, {})
     section = clients.partitions([figures.Series("main", (cell,))])
     assert section is not None
     (picture,) = pictures(section["pictures"][0]["chart"])
     assert (picture.find("image") is not None) == heat
-    assert len(picture.findall("circle")) == (0 if heat else clients * classes)
+    assert len(picture.findall("circle")) == (0 if heat else rows * columns)
 
 
 def test_bubbles_have_areas_in_the_ratio_of_the_counts() -> None:
