@@ -51,9 +51,11 @@ LOOP = "server/trellis_server/loop.py"
 EXPERIMENT = "platform/trellis/experiment.py"
 
 T_WIRE, T_LINK, T_NODES = "platform/test_wire.py", "platform/test_link.py", "platform/test_nodes.py"
-T_GRPC, T_RELIABLE, T_SCREENED = "e2e/test_grpc.py", "e2e/test_reliability.py", "platform/test_screened.py"
+T_GRPC, T_SCREENED = "e2e/test_grpc.py", "platform/test_screened.py"
 T_ANSWERS, T_UPLOADS = "platform/test_link_answers.py", "platform/test_link_uploads.py"
 T_RESTARTS = "platform/test_link_restarts.py"
+T_DISKS, T_CLOCKS = "e2e/test_disks.py", "e2e/test_clocks.py"
+T_INTRUDERS, T_RECONNECTS = "e2e/test_intruders.py", "e2e/test_reconnects.py"
 T_NODE, T_FAULTS = "clients/test_link_node.py", "e2e/test_node_faults.py"
 OFFENDER = f"{T_SCREENED}::test_an_offender_is_named_and_left_out_and_the_round_completes"
 
@@ -107,9 +109,9 @@ MUTANTS = [
            "            await self._link.asked.wait()", "            ...",
            f"{T_RESTARTS}::test_an_answer_from_before_the_server_went_away_waits_for_its_question"),
     Mutant("what counted is in the checkpoint", LOOP, 'snapshot.values.get("grid")', "{}",
-           f"{T_RELIABLE}::test_server_and_node_are_killed_between_the_checkpoint_and_the_nodes_note"),
+           f"{T_RECONNECTS}::test_server_and_node_are_killed_between_the_checkpoint_and_the_nodes_note"),
     Mutant("the task says which state counts", LINK, "each.task.after = after", "pass",
-           f"{T_RELIABLE}::test_a_round_that_is_done_again_without_a_client_leaves_no_trace_of_its_lost_answer"),
+           f"{T_RECONNECTS}::test_a_round_that_is_done_again_without_a_client_leaves_no_trace_of_its_lost_answer"),
     Mutant("a replay is whole once the server asks", LINK, "if new and self.asked.is_set():", "if new:",
            f"{T_RESTARTS}::test_a_replay_says_that_it_is_whole_once_the_server_asks"),
     Mutant("a node that is another client now", DOOR,
@@ -141,12 +143,12 @@ MUTANTS = [
            f"{T_LINK}::test_too_few_clients_end_the_run_with_a_reason"),
     Mutant("deadline of a round", GRID, "deadline = None if timeout is None else time.monotonic() + timeout",
            "deadline = None if timeout is None else time.monotonic() + 4 * timeout",
-           f"{T_RELIABLE}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
+           f"{T_CLOCKS}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
     Mutant("monotonic clock", GRID, "import time\n",
            "import time as _time\nclass time:\n    monotonic = staticmethod(lambda: _time.time())\n",
-           f"{T_RELIABLE}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
+           f"{T_CLOCKS}::test_a_clock_that_jumps_by_ten_minutes_moves_no_deadline"),
     Mutant("pauses drawn at random", NODE, "return self._jitter.uniform(0, min(", "return max(0, min(",
-           f"{T_RELIABLE}::test_pauses_between_tries_grow_to_a_limit_and_are_drawn_at_random"),
+           f"{T_RECONNECTS}::test_pauses_between_tries_grow_to_a_limit_and_are_drawn_at_random"),
     # who gets in
     Mutant("unknown token", NODES, "kept is None or _same(kept, shown)", "kept is None or shown is not None",
            f"{T_NODES}::test_others_are_refused"),
@@ -161,12 +163,12 @@ MUTANTS = [
     Mutant("clients of others on the list", DOOR, "if asked in others:", "if False:",
            f"{T_RESTARTS}::test_clients_that_the_list_gives_to_others_are_not_to_be_had"),
     Mutant("last day of credentials", NODES, "self.expires is not None and (now", "False and (now",
-           f"{T_RELIABLE}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
+           f"{T_INTRUDERS}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
     Mutant("name that is not the token's", DOOR, 'if request.node not in ("", name):', "if False:",
-           f"{T_RELIABLE}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
+           f"{T_INTRUDERS}::test_another_host_name_an_expired_token_and_old_tls_are_refused"),
     Mutant("nodes' certificates under --mutual-tls", SERVING, "require_client_auth=authority is not None,",
            "require_client_auth=False,",
-           f"{T_RELIABLE}::test_under_mutual_tls_a_node_shows_a_certificate_of_the_right_authority"),
+           f"{T_INTRUDERS}::test_under_mutual_tls_a_node_shows_a_certificate_of_the_right_authority"),
     Mutant("--insecure on loopback only", SERVING, "if insecure and not is_loopback(address) and not beyond_loopback:",
            "if False:",
            f"{T_NODES}::test_a_link_is_closed_unless_told_otherwise"),
@@ -219,15 +221,15 @@ MUTANTS = [
     Mutant("ids that name files", STORE, "if not re.fullmatch(TASK, task):", "if False:",
            f"{T_NODE}::test_what_comes_from_the_server_names_no_file_elsewhere"),
     Mutant("node's files whole or not at all", STORE, 'temporary.open("wb")', 'path.open("wb")',
-           f"{T_RELIABLE}::test_a_file_is_written_whole_or_not_at_all"),
+           f"{T_DISKS}::test_a_file_is_written_whole_or_not_at_all"),
     Mutant("node's disk is full", WORKING, "except OSError as error:  # an", "except KeyError as error:  # an",
-           f"{T_RELIABLE}::test_a_node_whose_disk_is_full_fails_by_itself_until_there_is_room"),
+           f"{T_DISKS}::test_a_node_whose_disk_is_full_fails_by_itself_until_there_is_room"),
     Mutant("digest of a checkpoint", CHECKPOINT, 'if hashlib.sha256(blob).hexdigest() != entry["sha256"]:', "if False:",
            "server/test_checkpoint.py::test_a_damaged_state_gives_the_one_before_it"),
     Mutant("checkpoint whole or not at all", CHECKPOINT, 'folder / f"{name}.tmp"', "folder / name",
            "server/test_checkpoint.py::test_a_crash_at_any_write_leaves_the_previous_state"),
     Mutant("server's disk is full", EXPERIMENT, "if error.errno not in DISK:", "if True:",
-           f"{T_RELIABLE}::test_a_disk_that_takes_no_checkpoint"),
+           f"{T_DISKS}::test_a_disk_that_takes_no_checkpoint"),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deployment import SCENARIO, nodes, serve
-from federations import lines, sha
+from federations import lines
 from trellis import experiment
 from trellis.deploy import allowing
 from trellis.deploy.joining import Where, node_config
@@ -18,12 +18,6 @@ from trellis.wire.nodes import digest
 from trellis_clients.link.consent import Consent
 
 FOUR = range(4)
-
-
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
-    """Final weights in one process; LocalGrid and RayGrid agree (``test_bits.py``)."""
-    return sha(tmp_path_factory.mktemp("simulated"), text=SCENARIO)
 
 
 def test_four_nodes_give_the_bits_of_the_simulation(tmp_path, simulated):
