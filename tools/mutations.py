@@ -1,7 +1,7 @@
 """Does a test notice when a protection is gone? One line is changed at a time, in a copy, and the test named must fail.
 
     python tools/mutations.py              all of them, and the table of docs/reliability.md
-    python tools/mutations.py NAME …       these
+    python tools/mutations.py NAME …       these, and their rows
     python tools/mutations.py --list       their names
 
 Exit status 1 if a mutant survives, or if the tests fail on the project as it is.
@@ -139,7 +139,7 @@ MUTANTS = [
            "if given is None and not other.absent_for(self._link.settings.leave_after_s):", "if False:",
            f"{T_RESTARTS}::test_a_seat_is_its_nodes_for_a_while_and_then_free"),
     Mutant("too few clients", GRID, "if time.monotonic() - since > self.link.settings.give_up_after_s:",
-           "if time.monotonic() - since > 100 * self.link.settings.give_up_after_s:",
+           "if time.monotonic() - since > 1000 * self.link.settings.give_up_after_s:",
            f"{T_LINK}::test_too_few_clients_end_the_run_with_a_reason"),
     Mutant("deadline of a round", GRID, "deadline = None if timeout is None else time.monotonic() + timeout",
            "deadline = None if timeout is None else time.monotonic() + 4 * timeout",
@@ -284,9 +284,12 @@ def table(rows: list[tuple[Mutant, str]]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[tuple[Mutant, str]]) -> None:
+def write(found: dict[str, str]) -> None:
+    """Write what was found into the page; rows of other protections keep what they say."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    old, _, after = rest.partition(END)
+    known = {cells[1].strip(): cells[-2].strip() for line in old.splitlines() if len(cells := line.split("|")) > 2}
+    rows = [(mutant, found.get(mutant.name) or known.get(mutant.name, "not tried")) for mutant in MUTANTS]
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
 
 
@@ -307,7 +310,7 @@ def main(arguments: list[str]) -> int:
         if not well:
             say(f"the tests do not pass on the project as it is:\n{said}\n")
             return 1
-        rows = []
+        found: dict[str, str] = {}
         for mutant in chosen:
             started = time.monotonic()
             before = apply(folder, mutant)
@@ -315,12 +318,11 @@ def main(arguments: list[str]) -> int:
             (folder / mutant.file).write_text(before)
             if said.startswith("pytest ended"):
                 raise SystemExit(f"{mutant.name}: {said}")
-            rows.append((mutant, "**nothing is noticed**" if survived else "fails"))
+            found[mutant.name] = "**nothing is noticed**" if survived else "fails"
             say(f"{'SURVIVED' if survived else 'killed  '}  {mutant.name}  ({time.monotonic() - started:.0f} s)\n")
             sys.stdout.flush()
-    if not arguments:
-        write(rows)
-    return int(any(said != "fails" for _, said in rows))
+    write(found)
+    return int(any(said != "fails" for said in found.values()))
 
 
 if __name__ == "__main__":

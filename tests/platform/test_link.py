@@ -226,6 +226,7 @@ def test_health_is_served(grid):
 
 
 @pytest.mark.battery("F11")
+@pytest.mark.timeout(45)
 def test_too_few_clients_end_the_run_with_a_reason():
     settings = dataclasses.replace(SETTINGS, give_up_after_s=0.5, leave_after_s=30.0)
     with GrpcGrid(3, settings) as grid, grpc.insecure_channel(f"127.0.0.1:{grid.link.port}") as channel:
