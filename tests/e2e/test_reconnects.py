@@ -146,7 +146,12 @@ def namespace(name, subnet):
     def do(*words):
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
+    def remove():
+        for what in (("link", "del", device), ("netns", "del", name)):
+            subprocess.run(["ip", *what], check=False, capture_output=True)
+
     try:
+        remove()  # what a run that was killed has left
         do("netns", "add", name)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("network namespaces are not permitted here")
@@ -158,8 +163,7 @@ def namespace(name, subnet):
         do("-n", name, "link", "set", f"{name}-1", "up")
         yield device, f"{subnet}.1"
     finally:
-        subprocess.run(["ip", "link", "del", device], check=False, capture_output=True)
-        do("netns", "del", name)
+        remove()
 
 
 @pytest.mark.slow
