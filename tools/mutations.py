@@ -129,6 +129,8 @@ MUTANTS = [
            "if False:", f"{T_UPLOADS}::test_uploads_wait_for_room_and_none_is_lost"),
     Mutant("an upload ends with its task", TASKS, "            self.upload.cancel()", "            pass",
            f"{T_UPLOADS}::test_an_upload_that_stalls_holds_up_nobody"),
+    Mutant("unread answers take their room", UPLOADS, "self._first is None and not self.unread", "self._first is None",
+           f"{T_UPLOADS}::test_nothing_goes_beyond_the_room_while_answers_wait_to_be_read"),
     Mutant("who waits beyond the room moves", UPLOADS, "if seconds > GRACE_S and", "if False and",
            f"{T_UPLOADS}::test_one_upload_goes_beyond_the_room_at_a_time_and_only_while_it_moves"),
     Mutant("a few downloads a node", LINK, "if node.fetches >= FETCHES:", "if False:",

@@ -96,8 +96,10 @@ class Submissions:
                     held += grown
                 self._link.counted("received", {"node": node.name, "bytes": str(len(request.data))})
             buffer = receiver.finish()
-            taken, held = held, 0  # given back once the answer was read
-            return self._take(node, each, Answer(buffer, release=lambda: self._free_later(taken)))
+            whole, held = held, 0  # given back once the answer was read
+            room = self._link.room
+            room.keep(whole)
+            return self._take(node, each, Answer(buffer, release=lambda: self._link.soon(room.read(whole))))
         except DataError as error:
             if receiver is not None and receiver.received < header.answer.size:
                 raise _NotWholeError(str(error)) from None
@@ -146,10 +148,6 @@ class Submissions:
         self._link.counted("refused", {"node": node.name, "reason": "payload"})
         failed = Answer(code=FAILED_CLIENT, reason=f"its answer was not taken: {reason}")
         return self._take(node, each, failed, refused=reason)
-
-    def _free_later(self, size: int) -> None:
-        """Give room back, from any thread."""
-        self._link.soon(self._link.room.free(size))
 
 
 class _NotWholeError(Exception):

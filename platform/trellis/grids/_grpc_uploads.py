@@ -1,7 +1,8 @@
 """Room for answers on their way in: what has come of all together is bounded, and none can hold up the others.
 
-Room is taken for bytes that came, not for what a node says is to come. Where it is full, the first upload that waits
-may go on beyond it, so that there is always one that ends, as long as it does go on.
+Room is taken for bytes that came, not for what a node says is to come. Where uploads under way fill it, the first that
+waits may go on beyond it, so that there is always one that ends, as long as it does go on. Where whole answers lie in
+it, all wait until those are read.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Room:
 
     Attributes:
         used: bytes that lie here: of answers that are under way, and of those that are not read yet.
+        unread: the latter of them.
         highest: the most that ever lay here.
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self.used, self.highest = size, 0, 0
+        self.size, self.used, self.unread, self.highest = size, 0, 0, 0
         self._first: object | None = None
         self._since, self._brought = 0.0, 0
         self._change = asyncio.Condition()
@@ -48,7 +50,9 @@ class Room:
         """
         if self.used and self.used + count > self.size and self._first is not upload:
             async with self._change:
-                await self._change.wait_for(lambda: self.used + count <= self.size or self._first is None)
+                await self._change.wait_for(
+                    lambda: self.used + count <= self.size or (self._first is None and not self.unread)
+                )
                 if self.used + count > self.size:
                     self._first, self._since, self._brought = upload, time.monotonic(), 0
         if self._first is upload:
@@ -69,6 +73,15 @@ class Room:
             async with self._change:
                 self._first = None
                 self._change.notify_all()
+
+    def keep(self, count: int) -> None:
+        """Note that an answer is whole: its bytes lie here until it is read."""
+        self.unread += count
+
+    async def read(self, count: int) -> None:
+        """Give the room of a whole answer back."""
+        self.unread -= count
+        await self.free(count)
 
     async def free(self, count: int) -> None:
         """Give room back."""
