@@ -5,7 +5,9 @@ docstring, or its name. This script finds them all and keeps the table of docs/r
 
     python tests/battery.py --check         the table is that of the tests, and every case has one
     python tests/battery.py --write         write the table
-    python tests/battery.py --run [--slow]  run the tests, note how each ended, write the table
+    python tests/battery.py --run [--slow] [PART …]
+                                            run the tests, or those with a PART in their names, note how each ended,
+                                            write the table
 """
 
 from __future__ import annotations
@@ -122,14 +124,25 @@ def page(found: dict[str, list[Test]]) -> str:
     return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
 
 
-def run(found: dict[str, list[Test]], slow: bool) -> int:
+def run(found: dict[str, list[Test]], slow: bool, parts: list[str]) -> int:
     """Run the tests and note how each ended; return pytest's exit status."""
-    names = sorted({test.name for tests in found.values() for test in tests if slow or not test.slow})
+    names = {test.name for tests in found.values() for test in tests if slow or not test.slow}
+    names = {name for name in names if not parts or any(part in name for part in parts)}
+    if not names:
+        sys.stderr.write(f"no test of the batteries has {' or '.join(parts)} in its name\n")
+        return 1
     known: dict[str, dict[str, object]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report, paths = Path(folder) / "report.xml", (str(TESTS / name) for name in sorted(names))
         chosen = ["-m", "battery"] if slow else []
-        arguments = ["-q", *chosen, "--timeout", "1800", f"--junitxml={report}", *(str(TESTS / name) for name in names)]
+        arguments = [
+            "-q",
+            *chosen,
+            "--timeout",
+            "1800",
+            f"--junitxml={report}",
+            *(str(TESTS / name) for name in sorted(names)),
+        ]
         status = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=TESTS.parent, check=False).returncode
         noted: dict[str, dict[str, object]] = {}
         for each in ElementTree.parse(report).iter("testcase"):
@@ -152,7 +165,8 @@ def main(arguments: list[str]) -> int:
     if wrong := problems(found):
         sys.stderr.write("\n".join(wrong) + "\n")
         return 1
-    status = run(found, "--slow" in arguments) if "--run" in arguments else 0
+    parts = [each for each in arguments if not each.startswith("-")]
+    status = run(found, "--slow" in arguments, parts) if "--run" in arguments else 0
     if "--check" in arguments:
         if PAGE.read_text() != page(found):
             sys.stderr.write(f"{PAGE} is not what the tests say: python tests/battery.py --write\n")
