@@ -133,16 +133,9 @@ def run(found: dict[str, list[Test]], slow: bool, parts: list[str]) -> int:
         return 1
     known: dict[str, dict[str, object]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        report, paths = Path(folder) / "report.xml", (str(TESTS / name) for name in sorted(names))
+        report, paths = Path(folder) / "report.xml", [str(TESTS / name) for name in sorted(names)]
         chosen = ["-m", "battery"] if slow else []
-        arguments = [
-            "-q",
-            *chosen,
-            "--timeout",
-            "1800",
-            f"--junitxml={report}",
-            *(str(TESTS / name) for name in sorted(names)),
-        ]
+        arguments = ["-q", *chosen, "--timeout", "1800", f"--junitxml={report}", *paths]
         status = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=TESTS.parent, check=False).returncode
         noted: dict[str, dict[str, object]] = {}
         for each in ElementTree.parse(report).iter("testcase"):
