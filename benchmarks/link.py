@@ -3,7 +3,10 @@
     python benchmarks/link.py             # two minutes on two quiet cores
     python benchmarks/link.py --quick     # shows that it runs, not for figures
 
-Server and nodes are processes of their own on loopback. Prints one table and writes ``results/link.json``.
+    python benchmarks/link.py --table     # only write docs/reliability.md's table anew from the stored results
+
+Server and nodes are processes of their own on loopback. Prints one table, and writes it into docs/reliability.md and
+with its samples into ``results/link.json``.
 
 | row | what is measured |
 | --- | --- |
@@ -41,12 +44,15 @@ from trellis.wire.generated import link_pb2 as pb
 from trellis.wire.payload import chunks, encode
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "reliability.md"
+BEGIN, END = "<!-- load: written by benchmarks/link.py -->", "<!-- load ends -->"
 TARGET_IDLE_S, AIM_IDLE_S = 0.2, 0.05
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few connections, small payloads")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the page's table")
     parser.add_argument("--only", action="append", choices=("idle", "load", "throughput"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "link.json")
     parser.add_argument(
@@ -57,6 +63,9 @@ def main() -> None:
         port, count, size, read = given.clients
         asyncio.run(clients(port, count, size, bool(read)))
         return
+    if given.table:
+        write_table(json.loads(given.out.read_text())["rows"])
+        return
     chosen = given.only or ["idle", "load", "throughput"]
     rows: list[dict[str, Any]] = []
     if "idle" in chosen:
@@ -65,12 +74,22 @@ def main() -> None:
         rows.append(load(*(50, 10) if given.quick else (1000, 200), rounds=2 if given.quick else 8))
     if "throughput" in chosen:
         rows.append(throughput(20_000_000 if given.quick else 500_000_000, 1 if given.quick else 5))
-    print("| row | figure | |\n| --- | --- | --- |")
-    for row in rows:
-        for name, value in row["figures"].items():
-            print(f"| {row['name']} | {name} | {value:.4g} |")
-    if not given.quick:
+    print(table(rows))
+    if not given.quick and not given.only:
         given.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        write_table(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| row | figure | |", "| --- | --- | --- |"]
+    lines += [f"| {row['name']} | {name} | {value:.4g} |" for row in rows for name, value in row["figures"].items()]
+    return "\n".join(lines)
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
 
 
 # -- an idle round --------------------------------------------------------------------------------------
