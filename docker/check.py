@@ -334,18 +334,19 @@ def infer(address: str, side: int = 8) -> float:
 
 
 @contextmanager
-def outsider(fleet: Fleet) -> Iterator[subprocess.Popen[str]]:
-    """Put a node from outside in client-2's place, as docs/deploy.md says."""
+def outsider(fleet: Fleet) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Put a node from outside in client-2's place, as docs/deploy.md says; yield its process, and what it says."""
     with tempfile.TemporaryDirectory() as name:
-        process = replaced(fleet, Path(name))
+        log = Path(name, "log")  # a pipe that nobody reads is full after some hundred rounds, and stops the node
+        process = replaced(fleet, Path(name), log)
         try:
-            yield process
+            yield process, log
         finally:
             process.kill()
             process.wait()
 
 
-def replaced(fleet: Fleet, folder: Path) -> subprocess.Popen[str]:
+def replaced(fleet: Fleet, folder: Path, log: Path) -> subprocess.Popen[str]:
     """Shut client-2 out, let camera-7 in, and start it on this machine."""
     credentials = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "trellis", "credentials")
     nodes = ("--nodes", "/credentials/server/nodes.yaml")
@@ -357,7 +358,8 @@ def replaced(fleet: Fleet, folder: Path) -> subprocess.Popen[str]:
     (folder / "ca.pem").write_text(fleet.engine("exec", fleet.container("server"), "cat", "/credentials/ca.pem"))
     trellis = shutil.which("trellis", path=str(Path(sys.executable).parent)) or "trellis"
     command = [trellis, "join", f"{BIND}:7443", "--ca", "ca.pem", "--token-file", "token", "--state", "camera-7"]
-    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with log.open("w") as said:
+        return subprocess.Popen(command, cwd=folder, text=True, stdout=said, stderr=subprocess.STDOUT)
 
 
 def again(fleet: Fleet, services: tuple[str, ...], options: tuple[str, ...]) -> None:
@@ -396,8 +398,9 @@ def scenario(fleet: Fleet, rounds: int, faults: bool) -> None:
         logged = [each["round"] for each in fleet.events("server") if each["event"] == "round"]
         expect(set(logged) == set(range(rounds + 1)), "every round is in the server's log, whose lines are all JSON")
         if outside is not None:
-            said = outside.communicate(timeout=60)[0]
-            expect(outside.returncode == 0 and "the run is over" in said, "the node from outside ended with status 0")
+            node, log = outside
+            well = node.wait(60) == 0 and "the run is over" in log.read_text()
+            expect(well, "the node from outside ended with status 0")
         fleet.until("the model is exported", partial(fleet.ended, "export"), 120)
         fleet.until("both edges are healthy", partial(fleet.healthy, "edge-1", "edge-2"), 60)
         for edge, port in (("edge-1", 8001), ("edge-2", 8011)):
