@@ -129,8 +129,7 @@ def run(found: dict[str, list[Test]], slow: bool, parts: list[str]) -> int:
     names = {test.name for tests in found.values() for test in tests if slow or not test.slow}
     names = {name for name in names if not parts or any(part in name for part in parts)}
     if not names:
-        sys.stderr.write(f"no test of the batteries has {' or '.join(parts)} in its name\n")
-        return 1
+        raise SystemExit(f"no test of the batteries has {' or '.join(parts)} in its name")
     known: dict[str, dict[str, object]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         report, paths = Path(folder) / "report.xml", [str(TESTS / name) for name in sorted(names)]

@@ -300,9 +300,9 @@ def main(arguments: list[str]) -> int:
     if "--list" in arguments:
         say("".join(f"{mutant.name}\n" for mutant in MUTANTS))
         return 0
+    if unknown := sorted(set(arguments) - {mutant.name for mutant in MUTANTS}):
+        raise SystemExit(f"no protection is called {', '.join(map(repr, unknown))}; --list names them")
     chosen = [mutant for mutant in MUTANTS if not arguments or mutant.name in arguments]
-    if not chosen:
-        raise SystemExit("no protection of that name; --list names them")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         copy(folder)

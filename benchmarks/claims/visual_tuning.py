@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,9 +20,11 @@ import torch
 from common import Claim, Verdict, compare, paired, spread
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trellis import scenario
+from trellis.data.base import Batch
 from trellis.data.loading import load_data
 from trellis_clients.site import Cell, Site
 from trellis_clients.trainers.efficiency._memory import bytes_alive
@@ -200,9 +203,12 @@ def memory(seeds: int) -> dict[str, list[float]]:
         site = Site(Cell(scenario.plain(each), seed))
         batch = site.federation.data.train.batch(torch.arange(20))
         model = site.model.train()
-        alive = bytes_alive(lambda m=model, b=batch: F.cross_entropy(m(b.x), b.y))  # type: ignore[misc]
-        kept.setdefault(name, []).append(alive / 1000)
+        kept.setdefault(name, []).append(bytes_alive(partial(forward, model, batch)) / 1000)
     return kept
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch.x), batch.y)
 
 
 def on_pixels(seed: int) -> float:

@@ -42,6 +42,13 @@ class Nodes:
         self.folder = folder
         self.running: dict[str, tuple[TrainingNode, threading.Thread]] = {}
         self.ends: dict[str, Any] = {}
+        self.port = 0
+
+    def start_all(self, port: int) -> None:
+        """Start the four that ``SCENARIO`` asks for, once the server listens."""
+        self.port = port
+        for client in range(4):
+            self.start(port, client)
 
     def start(self, port: int, client: int | None, name: str | None = None, **identity: Any) -> TrainingNode:
         name = name or f"node-{client}"

@@ -71,12 +71,6 @@ def test_shortened_updates_learn_and_say_what_they_lost(tmp_path):
 def test_a_node_that_comes_back_finds_its_private_state(tmp_path, simulated):
     """A node is stopped after round 1 and started anew on the same folder; another loses its connection only."""
     with nodes(tmp_path) as fleet:
-        ports: list[int] = []
-
-        def listening(port):
-            ports.append(port)
-            for client in FOUR:
-                fleet.start(port, client)
 
         def after(_, line):
             if line["round"] == 1:
@@ -86,9 +80,9 @@ def test_a_node_that_comes_back_finds_its_private_state(tmp_path, simulated):
                 node.connection.agenda.finish()
                 node.finish()
                 thread.join(20)
-                fleet.start(ports[0], 2)
+                fleet.start(fleet.port, 2)
 
-        _, outcome = serve(tmp_path, listening, hooks=experiment.Hooks(on_round=after))
+        _, outcome = serve(tmp_path, fleet.start_all, hooks=experiment.Hooks(on_round=after))
     assert not outcome.failed
     assert outcome.summaries[0]["sha256"] == simulated
 

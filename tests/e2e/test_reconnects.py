@@ -214,17 +214,11 @@ def test_a_node_that_dies_before_it_could_note_that_its_answer_counts(tmp_path, 
     """Killed between the server's word and its own note, a node asks on its return; its private state is not lost."""
     accepted, died = Store.accepted, []
     with nodes(tmp_path) as fleet:
-        ports: list[int] = []
-
-        def listening(port):
-            ports.append(port)
-            for client in FOUR:
-                fleet.start(port, client)
 
         def come_back(node, thread):
             node.connection._channel.close()
             thread.join(30)
-            fleet.start(ports[0], 2)
+            fleet.start(fleet.port, 2)
 
         def die(store, task):
             if not died and "node-2" in str(store.folder):
@@ -236,7 +230,7 @@ def test_a_node_that_dies_before_it_could_note_that_its_answer_counts(tmp_path, 
             accepted(store, task)
 
         monkeypatch.setattr(Store, "accepted", die)
-        _, outcome = serve(tmp_path, listening)
+        _, outcome = serve(tmp_path, fleet.start_all)
     assert died
     assert outcome.summaries[0]["sha256"] == simulated
 

@@ -39,3 +39,11 @@ def test_a_table_that_is_out_of_date_is_noticed(tmp_path):
     subprocess.run([*script, "--write"], check=True)
     assert subprocess.run([*script, "--check"], capture_output=True, check=False).returncode == 0
     assert "| | [`f2`](../tests/test_all.py) | fast | F2. | – |" in (tmp_path / "docs" / "reliability.md").read_text()
+
+
+def test_a_part_that_is_in_no_name_and_a_protection_that_is_not_there_are_said():
+    said = ((SCRIPT, "--run"), (ROOT / "tools" / "mutations.py",))
+    for command in said:
+        done = subprocess.run([sys.executable, *command, "no such part"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "no such part" in done.stderr

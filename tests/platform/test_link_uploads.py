@@ -136,28 +136,25 @@ def test_a_payload_that_is_not_taken_is_let_go(grid):
     # Without probes, gRPC's own buffer at the node stays small: on a slow machine it grows to take the whole payload.
     options = [("grpc.http2.bdp_probe", 0)]
     with grpc.insecure_channel(f"127.0.0.1:{grid.link.port}", options) as channel:
-        _take_nothing(grid, methods.stubs(channel))
-
-
-def _take_nothing(grid, calls):
-    session = join(calls).session
-    big = records.array_record({"w": np.zeros(8_000_000, np.float32)})
-    going = Round(grid, Message(RecordDict({"arrays": big}), flower.node_of(0), "train"), timeout=2.0)
-    task, _ = first_task(calls, session)
-    digest = task.records[0].payload.digest
-    request = pb.FetchRequest(session=session, digest=digest)
-    stalled = [calls["Fetch"](request) for _ in range(_grpc_link.FETCHES)]
-    for call in stalled:
-        next(call)
-    with pytest.raises(grpc.RpcError) as caught:
-        next(calls["Fetch"](request))
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    data = grid.link.payloads.get(digest)
-    going.end()
-    assert grid.link.payloads.num_bytes == 0
-    assert sys.getrefcount(data) == 2  # this test's own
-    for call in stalled:
+        calls = methods.stubs(channel)
+        session = join(calls).session
+        big = records.array_record({"w": np.zeros(8_000_000, np.float32)})
+        going = Round(grid, Message(RecordDict({"arrays": big}), flower.node_of(0), "train"), timeout=2.0)
+        task, _ = first_task(calls, session)
+        digest = task.records[0].payload.digest
+        request = pb.FetchRequest(session=session, digest=digest)
+        stalled = [calls["Fetch"](request) for _ in range(_grpc_link.FETCHES)]
+        for call in stalled:
+            next(call)
         with pytest.raises(grpc.RpcError) as caught:
-            for _ in call:
-                pass
-        assert caught.value.code() is grpc.StatusCode.ABORTED
+            next(calls["Fetch"](request))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        data = grid.link.payloads.get(digest)
+        going.end()
+        assert grid.link.payloads.num_bytes == 0
+        assert sys.getrefcount(data) == 2  # this test's own
+        for call in stalled:
+            with pytest.raises(grpc.RpcError) as caught:
+                for _ in call:
+                    pass
+            assert caught.value.code() is grpc.StatusCode.ABORTED

@@ -242,6 +242,7 @@ class Link:
         self.finish(each, answer)
 
     def finish(self, each: Open, answer: Answer) -> None:
+        """Close a task that is in no node's list any more, and let go of what it refers to."""
         each.stop_upload()
         for digest in references(each.task):
             self.payloads.drop(digest)
@@ -262,6 +263,7 @@ class Link:
         }
 
     def note_change(self) -> None:
+        """Tell those who wait that a node came or went."""
         connected = any(node.connected for node in self.nodes.values())
         self.none_since = None if connected else self.none_since or time.monotonic()
         with self.changed:
@@ -289,10 +291,12 @@ class Link:
             self.shut_out(node, reason)
 
     def fail_tasks(self, node: Node, reason: str) -> None:
+        """End all tasks of a node without an answer."""
         for name in list(node.tasks):
             self._cancel(node, name, Answer(code=FAILED_WORKER, reason=reason))
 
     def shut_out(self, node: Node, reason: str) -> None:
+        """Forget a node, end its session and fail its tasks."""
         log.warning("node shut out", extra={"node": node.name, "client": node.client, "reason": reason})
         self.sessions.pop(node.session, None)
         if self.nodes.get(node.client) is node:
@@ -308,6 +312,7 @@ class Link:
     # -- the calls --------------------------------------------------------------------------------------
 
     async def node_of(self, session: str, context: Any) -> Node:
+        """Return whose session it is, or end the call."""
         node = self.sessions.get(session)
         if node is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such session: join again")
