@@ -5,7 +5,9 @@ The page docs/reliability.md lists every case of the batteries with its test, wh
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+import time
 import urllib.request
 
 import pytest
@@ -87,15 +89,17 @@ def test_a_run_that_loses_a_client_has_the_weights_of_its_survivors(tmp_path):
 
         def listening(port):
             made.append(Proxy(port))
-            for client in FOUR:
-                fleet.start(made[0].port if client == 1 else port, client, changed=consent)
+            there = [fleet.start(made[0].port if client == 1 else port, client, changed=consent) for client in FOUR]
+            while any(node.connection.joined is None for node in there):  # the first round would start with three
+                time.sleep(0.01)
 
         def cut(_, line):
             if line["round"] == 1:
                 made[0].cut()
 
         hooks = experiment.Hooks(on_round=cut)
-        run, outcome = serve(tmp_path, listening, text, quorum, hooks, QUICK, min_clients=3)
+        settings = dataclasses.replace(QUICK, leave_after_s=2.0)  # a stream may take its time to open
+        run, outcome = serve(tmp_path, listening, text, quorum, hooks, settings, min_clients=3)
     assert outcome.summaries[0]["sha256"] == expected != whole
     assert [row["replies"] for row in lines(run)[1:]] == [4, 3, 3]
 
